@@ -6,14 +6,15 @@ cross-entropy is named 'CE', and the name of any other arm says how its objectiv
 
 The parent of a run is the run whose checkpoint it started from. Without a sweep.json, the objectives of pre-training
 and mid-training decide the arm, so an RL run belongs to the same arm as its parent. If mid-training had another
-objective than pre-training, the arm's name has both: 'CE → β = -0.25'.
+objective than pre-training, the arm's name has both: 'CE → β = -0.25'. Runs with the same objectives that differ in
+another setting are different arms, and so are the runs that started from them.
 """
 
 import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -129,14 +130,16 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
 
   named: {id(run): the name of the run's arm in a sweep.json}. The name is '' if no sweep.json lists the run.
   """
+  outside = []  # ancestors that aren't in the sweep
   for run in sweep.runs:
     run.parent = _find_parent(run, sweep)
     ancestor, seen = run.parent, {run.name}
     while ancestor and all(ancestor is not other for other in sweep.runs) and ancestor.name not in seen:
       seen.add(ancestor.name)
+      outside.append(ancestor)
       ancestor.parent = _find_parent(ancestor, sweep)
       ancestor = ancestor.parent
-  for run in sweep.runs:
+  for run in (*sweep.runs, *outside):
     chain, seen = [run], {run.name}
     while (parent := chain[-1].parent) and parent.name not in seen:
       chain.append(parent)
@@ -146,38 +149,49 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
     kinds = ['RL' if r.is_rl else 'pre-training' if r is first else 'mid-training' for r in chain]
     if first.parent_path and not first.parent:
       kinds = ['?', 'RL' if first.is_rl else 'further training', *kinds[1:]]
-      sweep.note(run.name, f'its parent {first.parent_path} was not found, so its arm is unknown')
+      if id(run) in named:
+        sweep.note(run.name, f'its parent {first.parent_path} was not found, so its arm is unknown')
       run.stage, run.arm = ' → '.join(kinds), f'unknown ({first.parent_path})'
       continue
     run.stage = ' → '.join(kinds)
     labels = [label(r.config.get('objective')) for r in chain if not r.is_rl]
     if not labels or not labels[0]:
-      if first.config:
+      if first.config and id(run) in named:
         sweep.note(run.name, 'its config has no objective, so its arm is unknown')
       continue
     run.objective = ' → '.join(name for i, name in enumerate(labels) if i == 0 or name != labels[i - 1])
-    run.arm = named[id(run)] or run.objective
-  _tell_apart(sweep)
+    run.arm = named.get(id(run)) or run.objective
+  _tell_apart([*sweep.runs, *outside])
 
 
-def _tell_apart(sweep: Sweep) -> None:
-  """Divides each arm whose runs of the same stage differ in settings that affect what is learned.
+def _tell_apart(runs: Sequence[Run]) -> None:
+  """Divides each arm whose runs of the same stage differ in settings that affect what is learned, and then the arms of
+  the runs that started from them.
 
   The objective and the seed don't count, nor do settings that some of these runs lack.
 
-  Up to three of the differing settings, with their values in a run, are added to the run's arm name.
+  Up to three of the differing settings, with their values in a run, are added to the arm's name of the run and of all
+  runs that started from it.
   """
-  groups: dict[tuple[str, str], list[Run]] = {}
-  for run in sweep.runs:
-    if run.arm:
-      groups.setdefault((run.stage, run.arm), []).append(run)
-  for runs in groups.values():
-    flat = [choices(run) for run in runs]
-    # If a run lacks a setting, its code didn't have the setting yet. So this isn't a difference.
-    shared = set.intersection(*map(set, flat))
-    differing = sorted(key for key in shared if any(f[key] != flat[0][key] for f in flat))
-    for run, values in zip(runs, flat) if differing else ():
-      run.arm += ''.join(f', {key.rsplit(".", 1)[-1]} = {values.get(key)}' for key in differing[:3])
+  added: dict[int, str] = {}  # id of a run -> what is added to the name of its arm
+  depth = lambda run: run.stage.count('→')
+  for _, level in itertools.groupby(sorted((run for run in runs if run.arm), key=depth), key=depth):
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for run in level:
+      groups.setdefault((run.stage, run.arm, added.get(id(run.parent), '')), []).append(run)
+    for (stage, _, inherited), group in groups.items():
+      flat = [choices(run) for run in group]
+      # If a run lacks a setting, its code didn't have the setting yet. So this isn't a difference.
+      shared = set.intersection(*map(set, flat))
+      differing = sorted(key for key in shared if any(f[key] != flat[0][key] for f in flat))[:3]
+      names = {key: key.rpartition('.')[2] for key in differing}
+      for key, name in names.items():
+        if f', {name} = ' in inherited:  # RL's lr, beside that of pre-training
+          names[key] = f'{stage.rpartition("→")[2].strip()} {name}'
+      for run, values in zip(group, flat):
+        added[id(run)] = inherited + ''.join(f', {name} = {values.get(key)}' for key, name in names.items())
+  for run in runs:
+    run.arm += added.get(id(run), '')
 
 
 def _find_parent(run: Run, sweep: Sweep) -> Run | None:

@@ -96,6 +96,26 @@ def test_another_setting_makes_another_arm_with_a_baseline_of_its_own(tmp_path):
     'β = -0.25, lr = 0.0003': 'CE, lr = 0.0003', 'β = -0.25, lr = 0.001': 'CE, lr = 0.001'}
 
 
+def test_runs_that_started_from_different_arms_are_different_arms(tmp_path):
+  """RL runs from pre-trainings with other learning rates used to form one arm, and half of them weren't compared."""
+  places = {'inside': tmp_path / 'sweep' / 'pre', 'outside': tmp_path / 'elsewhere'}
+  for where, pre in places.items():
+    for lr in (3e-4, 1e-3):
+      for beta in (0.0, -0.25):
+        for rl_lr in (1e-5, 1e-6):
+          name = f'{lr},{beta},{rl_lr}'
+          sweep.run(pre / name, objective={'beta': beta}, seed=0, steps=4, entropy=1.0, changes={'optimizer.lr': lr})
+          sweep.run(tmp_path / 'sweep' / f'rl-{where}' / name, objective={}, seed=0, steps=2, entropy=1.0,
+                    init_from=pre / name / 'checkpoints' / '4', changes={'optimizer.lr': rl_lr})
+  before = [f'{objective}, lr = {lr}' for objective in ('CE', 'β = -0.25') for lr in (0.0003, 0.001)]
+  after = [f'{arm}, RL lr = {lr}' for arm in before for lr in (1e-6, 1e-5)]
+  assert {run.arm for run in arms.read_sweep(tmp_path / 'sweep' / 'pre').runs} == set(before)
+  assert {run.arm for run in arms.read_sweep(tmp_path / 'sweep' / 'rl-outside').runs} == set(after)
+  found = arms.read_sweep(tmp_path / 'sweep')
+  assert {run.arm for run in found.runs if run.is_rl} == set(after)
+  assert found.baselines['β = -0.25, lr = 0.001, RL lr = 1e-06'] == 'CE, lr = 0.001, RL lr = 1e-06'
+
+
 def test_how_a_run_is_executed_makes_no_arm(tmp_path):
   for name, policy, offload in (('a', 'none', False), ('b', 'full', True)):
     sweep.run(tmp_path / name, objective={}, seed=int(name == 'b'), steps=20, entropy=1.0)
