@@ -29,6 +29,7 @@ from rich.table import Table
 
 from betarank.configs.errors import ConfigError
 from betarank.configs.files import write_atomically
+from betarank.configs.settings import when_missing
 from betarank.configs.terminal import columns, duration, fitted, waiting
 from betarank.data import Tokenizer
 from betarank.data.reasoning import ANSWER_MARK
@@ -304,6 +305,7 @@ class SampleFile:
       'temperature': c.temperature, 'top_p': c.top_p, 'top_k': c.top_k, 'max_new_tokens': c.max_new_tokens,
       'seed': c.seed, 'shots': benchmark.shots, 'answer_format': benchmark.answer_format,
       'data_sha256': benchmark.data_sha256, 'file_sha256': benchmark.file_sha256,
+      'answer_chars': c.verifier.answer_chars,
     }
     settings = folder / f'{subject.step}.json'
     if settings.exists():
@@ -322,6 +324,7 @@ class SampleFile:
       before = json.loads(settings.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
       raise EvalError(f'{settings}: not JSON; remove it and {self.path} to sample again') from None
+    before = {'answer_chars': when_missing('eval.sample.verifier.answer_chars')} | before  # older files don't have it
     if differs := difference(before, self.about, [key for key in self.about if key not in _MAY_CHANGE]):
       raise EvalError(f'{settings}: holds samples made with {differs}; set it back, or remove both files of step '
                       f'{self.about["step"]} there to sample again')

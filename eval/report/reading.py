@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
+from betarank.configs.settings import when_missing
 from betarank.eval import sampling_metrics
 from betarank.eval.columns import Columns
 from betarank.eval.report.runs import DataIdentity, Run, SampleSet, Start, Sweep, number, setting
@@ -248,7 +249,8 @@ def _read_samples(run: Run, sweep: Sweep) -> None:
   for benchmark in _folders_in(run.path / 'eval' / 'samples'):
     for step in _steps_in(benchmark):
       where = _short(benchmark / f'{step}.jsonl', sweep)
-      settings = read_object(benchmark / f'{step}.json', sweep) or {}
+      settings = {'answer_chars': when_missing('eval.sample.verifier.answer_chars')}  # older files don't have it
+      settings |= read_object(benchmark / f'{step}.json', sweep) or {}
       good, wrong, examples, shown = [], [], [], set()
       for line in _lines_of(benchmark / f'{step}.jsonl', sweep):
         try:

@@ -20,7 +20,7 @@ PLAIN = 'CE'  # the name of plain cross-entropy
 NUMBER = re.compile(r'((?:(?<!\w)-)?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')  # in the name of an arm; 'run-2' has no minus sign
 # Two sets of samples can only be compared if they agree in these settings.
 SAME_SETTINGS = ('benchmark', 'data_sha256', 'temperature', 'top_p', 'top_k', 'max_new_tokens', 'n', 'shots',
-                 'answer_format')
+                 'answer_format', 'answer_chars')
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 

@@ -558,10 +558,11 @@ def _commands(run: Run, probe: bool, benchmark: str) -> list[str]:
                  + _overrides('probe', setting(result, 'config.probe') or {}, defaults['probe']))
   if benchmark and (found := run.sampled(benchmark)):
     step, samples = found
-    set_to = {'samples' if key == 'n' else key: value for key, value in samples.settings.items()}
+    options = {'n': 'samples', 'answer_chars': 'verifier.answer_chars'}
+    set_to = {options.get(key, key): value for key, value in samples.settings.items()}
     lines.append(f'betarank eval sample --checkpoint={quote(run.path / "checkpoints" / str(step))} '
                  f'--benchmark={quote(samples.settings.get("benchmark", benchmark))}'
-                 + _overrides('sample', set_to, defaults['sample']))
+                 + _overrides('sample', set_to, flatten(defaults['sample'])))
   return [_line(line) for line in lines]
 
 

@@ -198,12 +198,22 @@ def test_other_settings_are_not_mixed_in(undisturbed, run_dir):
   before = undisturbed[0].read_text()
   assert opened(run_dir).missing == [] and opened(run_dir, decode_batch_size=8).missing == []
   for setting, message in ((dict(temperature=1.0), 'temperature = 0.7, now 1.0'), (dict(samples=8), 'n = 4, now 8'),
-                           (dict(prompt='Say {question}\n'), 'data_sha256 = '), (dict(seed=1), 'seed = 0, now 1')):
+                           (dict(prompt='Say {question}\n'), 'data_sha256 = '), (dict(seed=1), 'seed = 0, now 1'),
+                           (dict(verifier=dict(answer_chars=20)), 'answer_chars = 10000, now 20')):
     with pytest.raises(settings.EvalError, match=message):
       opened(run_dir, **setting)
   with pytest.raises(settings.UserError, match='config.eval.sample.top_p must be in'):
     opened(run_dir, top_p=0.0)
   assert undisturbed[0].read_text() == before
+  about = undisturbed[0].with_suffix('.json')
+  stored = json.loads(about.read_text())
+  about.write_text(json.dumps({key: value for key, value in stored.items() if key != 'answer_chars'}))  # an older file
+  try:
+    assert opened(run_dir).missing == []
+    with pytest.raises(settings.EvalError, match='answer_chars = 10000, now 20'):
+      opened(run_dir, verifier=dict(answer_chars=20))
+  finally:
+    about.write_text(json.dumps(stored))
 
 
 def test_two_samplings_of_a_run_are_not_mixed_but_a_probe_may_go_on_beside(run_dir):

@@ -288,6 +288,18 @@ def test_samples_drawn_otherwise_are_not_compared(tmp_path):
   assert found['pre-training', 'avg_at_n', 'β = -0.25'].difference is not None
 
 
+@pytest.mark.parametrize(('chars', 'remark'), [(20, 'not compared with CE: sampled with other answer_chars'),
+                                               (10_000, 'one seed: no verdict')])
+def test_samples_judged_otherwise_are_not_compared(tmp_path, chars, remark):
+  """A longer answer than answer_chars is wrong. An older file lacks the number, usually the default."""
+  for name, beta, more in (('ce', 0.0, {}), ('low', -0.25, {'answer_chars': chars})):
+    sweep.run(tmp_path / name, objective={'beta': beta}, seed=0, steps=20, entropy=1.0)
+    sweep.samples(tmp_path / name, 20, 'amc23', [0.5] * 10, 16, np.random.default_rng(0), **more)
+  assert compared(tmp_path)['pre-training', 'avg_at_n', 'β = -0.25'].remark == remark
+  again = sections._commands(arms.read_sweep(tmp_path).runs[1], False, 'amc23')[-1]
+  assert ('--config.eval.sample.verifier.answer_chars=20' in again) == (chars == 20)
+
+
 def test_gains_are_measured_from_the_checkpoint_that_rl_started_from(tmp_path):
   sweep.make(tmp_path, arms=sweep.ARMS[:1], seeds=1)
   rng = np.random.default_rng(0)
