@@ -93,8 +93,9 @@ def alike(
 ) -> tuple[dict[Any, Run], list[str]]:
   """Returns ({seed: run}, reasons): runs of an arm that may be averaged, and the reasons why others aren't among them.
 
-  The runs agree in their lengths and in whatever `differing` compares. They are the largest such group; of groups of
-  the same size, the one with the first seed. If several runs have the same seed, only the first of them counts.
+  The runs agree in their lengths and in whatever `differing` compares. Of all such groups, they are the one with most
+  finished runs; among equals, with most runs; and then the one with the first seed. If several runs have the same seed,
+  only the first of them counts.
 
   differing: a function that returns one phrase for each way in which two runs differ.
   """
@@ -102,7 +103,8 @@ def alike(
   differs = lambda run, other: differing(run, other) or of_length(run, other)
   groups = [{seed: run for seed, run in found.items() if not differs(run, found[first])}
             for first in sorted(found, key=str)]
-  kept = max(groups, key=len, default={})
+  finished = lambda runs: sum(run.last_step >= run.steps for run in runs.values())
+  kept = max(groups, key=lambda runs: (finished(runs), len(runs)), default={})
   first = next(iter(kept.values()), None)
   return kept, [reason for seed, run in found.items() if seed not in kept for reason in differs(run, first)]
 

@@ -168,7 +168,9 @@ def _changes(found: Sequence[Comparison], judged: bool) -> str:
       if some := [c for c in differing if c.difference.mean * sign > 0]:
         clauses.append(f'{metric(name).title} is {word} for {_and([_with_change(c) for c in some])}')
     if of_metric and not differing:
-      clauses.append(f'{metric(name).title} differs for no arm beyond noise')
+      unknown = [c.arm for c in of_metric if not c.verdict]
+      clauses.append(f'{metric(name).title} differs for no arm beyond noise'
+                     + (f' (no verdict on {_and(unknown)})' if unknown else ''))
   return _and(clauses) or 'nothing differs'
 
 

@@ -200,6 +200,14 @@ def test_seeds_at_one_step_of_runs_of_other_lengths_are_not_averaged(tmp_path):
   assert {c.value.seeds for c in after} == {2} and after[0].remark.endswith('one of 20 (before RL)')
 
 
+def test_a_finished_seed_is_shown_rather_than_several_unfinished_ones(tmp_path):
+  for seed, steps in ((0, 5), (1, 20), (2, 5)):
+    sweep.run(tmp_path / str(seed), objective={}, seed=seed, steps=steps, entropy=1.0,
+              changes={'train.tokens': 20 * 8 * 512})
+  c = compared(tmp_path)['pre-training', 'entropy_nats', 'CE']
+  assert list(c.by_seed) == [1] and c.remark.endswith('step 5 (20,480 tokens) against 20 (81,920 tokens)')
+
+
 def test_only_samples_drawn_alike_are_averaged(tmp_path):
   """Samples at temperatures 0.7 and 0 used to be averaged, without a remark."""
   rng = np.random.default_rng(0)
@@ -241,14 +249,16 @@ def test_the_same_difference_in_all_seeds_gives_no_verdict(tmp_path):
   for i, beta in enumerate((0.0, -0.25, 0.5)):
     for seed in range(2):
       path = tmp_path / f'{i}{seed}'
-      sweep.run(path, objective={'beta': beta}, seed=seed, steps=20, entropy=1.0)
+      sweep.run(path, objective={'beta': beta}, seed=seed, steps=20, entropy=1.0 + (i == 1))
       sweep.harness(path, 20, {'piqa': 0.6 + 0.02 * (seed + (i == 1)) + 0.04 * seed * (i == 2)}, limit=50)
   same, spread = comparisons.harness(arms.read_sweep(tmp_path))[1:]
   assert same.difference.mean == pytest.approx(0.02) and same.verdict == ''
   assert same.remark == 'no spread between seeds: no verdict' and same.difference_noise is None
   assert spread.verdict == 'within' and spread.p_holm == spread.difference.p_value  # of the only test
   assert 'no spread between seeds)' in sections._cell(same, 'score')
-  assert 'this is one seed' not in sentences(tmp_path)[1]
+  assert sentences(tmp_path)[1] == (
+    'Before RL, relative to CE: on main (validation in training), entropy differs for no arm beyond noise (no verdict '
+    'on β = -0.25) and cross-entropy differs for no arm beyond noise.')
 
 
 def test_arms_of_another_version_of_the_code_are_named(tmp_path):
