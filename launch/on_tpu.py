@@ -9,7 +9,7 @@ import pathlib
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -54,52 +54,60 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
   if missing and not dry_run:
     raise ConfigError(f'--on=tpu: {missing[0]} is not set; launch/tpu.sh help lists the settings')
   if not dry_run:
-    checked = _tpu_sh(_slice_name(0), 'check')
+    checked = _tpu_sh(slice_of(0), 'check')
     if checked.returncode:
       raise ConfigError(f'--on=tpu: {_last_line(checked.stderr).removeprefix("tpu.sh: error: ")}')
 
   def run(point: Point, slot: int) -> list[str]:
     if point.stage == 'data':  # runs once and on any machine, so it doesn't need a slice
       return [*BETARANK, *point.arguments]
-    return ['env', f'TPU_NAME={_slice_name(slot)}', 'bash', str(SCRIPT), '--yes', 'babysit', *point.arguments]
+    return ['env', f'TPU_NAME={slice_of(slot)["TPU_NAME"]}', 'bash', str(SCRIPT), '--yes', 'babysit', *point.arguments]
 
   return run
 
 
-def clean_up(console: Console, slots: Collection[int], keep: bool) -> None:
-  """Deletes the slices with the numbers `slots`. Then prints a line that names the slices that still cost money.
+def slice_of(slot: int) -> dict[str, str]:
+  """Returns the environment variables with which launch/tpu.sh finds slice number `slot`, as {name: value}.
 
-  keep: if True, no slice is deleted, because the sweep was asked to stop and the next launch will use the slices.
+  A sweep records them, so that a later launch with other settings can still delete the slice.
   """
-  names = [_slice_name(slot) for slot in sorted(slots)]
+  return {'TPU_NAME': f'{os.environ.get("TPU_NAME", "NAME")}-{slot}',
+          **{name: os.environ.get(name, '') for name in ('TPU_PROJECT', 'TPU_ZONE', 'TPU_QUEUED', 'TPU_SLICES')}}
+
+
+def clean_up(console: Console, slices: Sequence[dict[str, str]], keep: bool) -> list[dict[str, str]]:
+  """Deletes slices. Then prints a line that names the slices that still cost money, and returns these slices.
+
+  Args:
+    slices: the slices, as `slice_of` returns them.
+    keep: if True, no slice is deleted, because the sweep was asked to stop and the next launch will use the slices.
+  """
   if keep:
-    left = [name for name in names if _tpu_sh(name, 'state').stdout.strip() != 'NONE']
+    left = [it for it in slices if _tpu_sh(it, 'state').stdout.strip() != 'NONE']
   else:
-    left = [name for name in names if not _delete(console, name)]
-  commands = '; '.join(f'TPU_NAME={name} bash {SCRIPT} --yes delete' for name in left)
-  console.print(f'STILL BILLED until deleted: {", ".join(left)}. To delete: {commands}' if left else
+    left = [it for it in slices if not _delete(console, it)]
+  names = ', '.join(it['TPU_NAME'] for it in left)
+  commands = '; '.join(shlex.join([*(f'{name}={value}' for name, value in it.items() if value), 'bash', str(SCRIPT),
+                                   '--yes', 'delete']) for it in left)
+  console.print(f'STILL BILLED until deleted: {names}. To delete: {commands}' if left else
                 'no slice of this sweep is left: nothing is billed', markup=False)
+  return left
 
 
-def _delete(console: Console, name: str) -> bool:
+def _delete(console: Console, slice_: dict[str, str]) -> bool:
   """Deletes a slice, with up to three tries. Returns whether it is deleted, and prints an error if it isn't."""
   for attempt in range(DELETE_TRIES):
     if attempt:
       time.sleep(DELETE_WAIT_S)
-    done = _tpu_sh(name, '--yes', 'delete')
+    done = _tpu_sh(slice_, '--yes', 'delete')
     if not done.returncode or 'NOT_FOUND' in done.stderr or 'not found' in done.stderr:
       return True
-  console.print(f'error: {name} could not be deleted: {_last_line(done.stderr)}', markup=False)
+  console.print(f'error: {slice_["TPU_NAME"]} could not be deleted: {_last_line(done.stderr)}', markup=False)
   return False
 
 
-def _slice_name(slot: int) -> str:
-  return f'{os.environ.get("TPU_NAME", "NAME")}-{slot}'
-
-
-def _tpu_sh(name: str, *arguments: str) -> subprocess.CompletedProcess:
-  return subprocess.run(['bash', str(SCRIPT), *arguments], env={**os.environ, 'TPU_NAME': name}, capture_output=True,
-                        text=True)
+def _tpu_sh(slice_: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(['bash', str(SCRIPT), *arguments], env={**os.environ, **slice_}, capture_output=True, text=True)
 
 
 def _last_line(text: str) -> str:

@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from rich.console import Console
@@ -64,6 +64,7 @@ class Status:
     note: a remark on the state, such as the reason of a failure; '' for none.
     starts: the number of times that the point's command was started, in all launches together.
     slot: the slot (see Sweep) of the last start; -1 if there was none.
+    slice: the slice (see Sweep) of the last start; None if the point didn't run on a slice.
     exit: the exit status of the command; None if it hasn't ended or if the status is unknown.
   """
 
@@ -71,6 +72,7 @@ class Status:
   note: str = ''
   starts: int = 0
   slot: int = -1  # the slot of the last start
+  slice: dict[str, str] | None = None
   exit: int | None = None
   started: float = 0.0  # seconds since 1970
   ended: float = 0.0
@@ -80,10 +82,14 @@ class Sweep:
   """Runs the points of one sweep, and records their states in sweep.json.
 
   Each running point has a slot, a number that no other running point has. On TPUs, it is the number of the slice.
+
+  Attributes:
+    slices: the slices that this sweep has used, in this launch or an earlier one, and that aren't known to be deleted.
+      Each is a dict of the environment variables that name the slice, as `slice_of` returns them.
   """
 
   def __init__(self, points: Sequence[Point], folder: pathlib.Path, parallel: int,
-               command: Callable[[Point, int], list[str]]):
+               command: Callable[[Point, int], list[str]], slice_of: Callable[[int], dict[str, str]] | None = None):
     """Reads the states that earlier launches have recorded.
 
     Args:
@@ -91,13 +97,16 @@ class Sweep:
       folder: where sweep.json and the logs are written.
       parallel: the largest number of points that run at the same time.
       command: a function (point, slot) -> command, a list of words.
+      slice_of: a function slot -> slice; None if points don't run on slices.
     """
     self.points, self.folder, self.parallel, self._command = list(points), folder, parallel, command
+    self._slice_of = slice_of
     self.status = {point.name: Status() for point in points}
     self._processes: dict[str, subprocess.Popen | None] = {}  # None: started by an earlier launch, and still running
     # Points whose result couldn't be read: (first try, next try), in monotonic seconds.
     self._unread: dict[str, tuple[float, float]] = {}
     self._record = self._read()
+    self.slices: list[dict[str, str]] = self._record.setdefault('slices', [])
     self.stopping = False
 
   def _read(self) -> dict[str, Any]:
@@ -179,7 +188,11 @@ class Sweep:
     status.slot = min(set(range(self.parallel + len(taken))) - taken)
     status.state, status.note, status.started, status.exit = 'running', '', time.time(), None
     status.starts += 1
-    self.write()
+    if self._slice_of and point.stage != 'data':  # data is prepared on this machine
+      status.slice = self._slice_of(status.slot)
+      if status.slice not in self.slices:
+        self.slices.append(status.slice)
+    self.write()  # before the command can create the slice
     with self._lock(point) as held, open(self.log(point), 'ab') as log:
       command = self._command(point, status.slot)
       log.write(f'$ {shlex.join(command)}\n'.encode())
@@ -272,14 +285,6 @@ class Sweep:
       return f'ended at step {point.step()} of {point.steps} with exit 0'
     how = f'killed by signal {-code}' if code < 0 else f'exit {code}'
     return errors[-1].removeprefix('error: ') if errors else f'{how}: {lines[-1] if lines else ""}'[:200]
-
-  def slots(self) -> set[int]:
-    """Returns the slot of each point's last start, in this launch or an earlier one.
-
-    Points that prepare data don't count, because they run on this machine.
-    """
-    return {status.slot for point in self.points for status in [self.status[point.name]]
-            if status.slot >= 0 and point.stage != 'data'}
 
   def _wait(self) -> None:
     """Waits until no command of this sweep is running."""
@@ -397,9 +402,10 @@ def main(argv: Sequence[str]) -> None:
     points = expand(args.config, root, args.only)
   console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
   command, problems = local_command, local_files(points) if remote else []
+  slice_of = clean_up = None
   if args.on == 'tpu':
     from betarank.launch import on_tpu
-    command, clean_up = on_tpu.command(args.dry_run), on_tpu.clean_up
+    command, slice_of, clean_up = on_tpu.command(args.dry_run), on_tpu.slice_of, on_tpu.clean_up
     if args.dry_run:
       on_tpu.print_estimate(console, points, args.parallel, args.plan)
   elif args.on != 'local':
@@ -423,7 +429,7 @@ def main(argv: Sequence[str]) -> None:
                       f'{workdir.holder(folder / ".sweep.lock")}')
     held.write(str(os.getpid()))
     held.flush()
-    sweep = Sweep(points, folder, args.parallel, command)
+    sweep = Sweep(points, folder, args.parallel, command, slice_of)
     signals: list[int] = []
 
     def stop(signum: int, _frame) -> None:
@@ -435,20 +441,21 @@ def main(argv: Sequence[str]) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
       signal.signal(signum, stop)
     with listening(lambda count: None):  # instead of ending this process after the second Ctrl-C
-      run(sweep, console, signals, clean_up if args.on == 'tpu' else None)
+      run(sweep, console, signals, clean_up)
   if not _all_finished(sweep):
     sys.exit(128 + signals[0] if signals else 1)
   print(f'try: {shlex.join(["betarank", "report", root])}')
 
 
 def run(sweep: Sweep, console: Console, signals: Sequence[int],
-        clean_up: Callable[[Console, Collection[int], bool], None] | None) -> None:
+        clean_up: Callable[[Console, Sequence[dict[str, str]], bool], list[dict[str, str]]] | None) -> None:
   """Runs a sweep, shows its progress on the screen, and prints how it ended.
 
   Args:
     signals: the signals received so far. The signal handlers append to this list.
-    clean_up: a function (console, slots, keep) that is always called at the end, to delete the slices; None if there
-      are no slices. If the sweep was asked to stop, `keep` is True, and the slices aren't deleted.
+    clean_up: a function (console, slices, keep) -> the slices that are left. It is always called at the end, to delete
+      the slices; None if there are no slices. If the sweep was asked to stop, `keep` is True, and the slices aren't
+      deleted.
   """
   try:
     with Screen(sweep, console) as screen:
@@ -461,7 +468,8 @@ def run(sweep: Sweep, console: Console, signals: Sequence[int],
       print('asked to stop; the same command resumes the sweep', file=sys.stderr)
   finally:
     if clean_up:
-      clean_up(console, sweep.slots(), bool(signals))
+      sweep.slices[:] = clean_up(console, sweep.slices, bool(signals))
+      sweep.write()
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -117,7 +117,6 @@ check_settings() {
 
 # What would fail only once there is a slice, which costs money by then.
 check_machine() {
-  command -v gcloud >/dev/null || die 'gcloud is not installed'
   check_checkout
   check_agent
 }
@@ -319,6 +318,8 @@ case $verb in
 esac
 need TPU_NAME TPU_PROJECT TPU_ZONE
 check_settings
+# The shell's own message says `not found`, as gcloud does of a slice that doesn't exist.
+[ -n "$dry_run" ] || command -v gcloud >/dev/null || die 'gcloud is not installed'
 case $verb in
   create | babysit)
     need TPU_TYPE TPU_RUNTIME

@@ -17,6 +17,7 @@ import time
 
 import pytest
 import rich.console
+from ml_collections import ConfigDict
 
 from betarank.configs.errors import ConfigError
 from betarank.launch import engine, on_tpu
@@ -366,7 +367,7 @@ def flaky(tmp_path, errors, command):
   [point] = [p for p in expand(write(tmp_path, '  add()\n'), str(tmp_path / 'root')) if p.stage == 'train']
   fields = {field.name: getattr(point, field.name) for field in dataclasses.fields(Point)} | {'needs': ()}
   (tmp_path / 'root').mkdir()
-  made = Sweep([Flaky(**fields)], tmp_path / 'root', 1, lambda point, _: command)
+  made = Sweep([Flaky(**fields)], tmp_path / 'root', 1, lambda point, _: command, on_tpu.slice_of)
   made.status[point.name].state = 'waiting'  # finished() has just said that it is
   made.points[0].errors.extend(errors)
   return made, made.status[point.name]
@@ -398,12 +399,9 @@ def test_a_bucket_that_goes_on_failing_fails_the_point_only(tmp_path, monkeypatc
   assert (status.state, status.note) == ('failed', 'its result could not be read (HTTP 503)')
 
 
-@pytest.mark.parametrize('fails_to_delete', [0, 2, 3])
-def test_an_error_of_the_launcher_leaves_no_run_and_no_slice(tmp_path, monkeypatch, capsys, fails_to_delete):
-  """The command is asked to stop. Then its slice is deleted, with three tries, on a stub of gcloud.
-
-  The last line says what still costs money.
-  """
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+  """Returns the folder of a stub of gcloud, which launch/tpu.sh calls until the test ends."""
   stub = tmp_path / 'stub'
   (stub / 'bin').mkdir(parents=True)
   (stub / 'bin' / 'gcloud').write_text(
@@ -414,12 +412,117 @@ def test_an_error_of_the_launcher_leaves_no_run_and_no_slice(tmp_path, monkeypat
   for name, value in settings.items():
     monkeypatch.setenv(name, value)
   monkeypatch.setattr(on_tpu, 'DELETE_WAIT_S', 0.0)
-  assert on_tpu._tpu_sh('pod-0', '--yes', 'create').returncode == 0
+  return stub
+
+
+def create(slot):
+  assert on_tpu._tpu_sh(on_tpu.slice_of(slot), '--yes', 'create').returncode == 0
+
+
+def calls(stub):
+  return [json.loads(line) for line in (stub / 'calls.jsonl').read_text().splitlines()]
+
+
+def slices(stub):
+  """Returns the names of the slices that exist."""
+  return {path.name for path in (stub / 'nodes').glob('*')}
+
+
+class Scripted(Point):
+  """A point that is finished once its command has written the file `done` in its workdir."""
+
+  def step(self):
+    return 0
+
+  def finished(self):
+    return pathlib.Path(self.workdir, 'done').exists()
+
+
+def scripted(tmp_path, scripts, parallel=1, only=''):
+  """Returns a sweep on slices. The command of each point is a line of bash, run in the point's workdir.
+
+  scripts: {name: line}. A point ARM/STAGE needs the point before it, if that is of the same arm.
+  only: names of the points to select, separated by blanks; '' for all.
+  """
+  points, before = [], ''
+  for name, line in scripts.items():
+    folder = tmp_path / 'root' / name
+    folder.mkdir(parents=True, exist_ok=True)
+    needs = (before,) if before.split('/')[0] == name.split('/')[0] else ()
+    if not only or name in only.split():
+      points.append(Scripted(name, 'train', '', needs, ConfigDict(), 1, str(folder), (f'cd {folder}; {line}',)))
+    before = name
+  return Sweep(points, tmp_path / 'root', parallel, lambda point, slot: ['bash', '-c', *point.arguments],
+               on_tpu.slice_of)
+
+
+FINISH, WAIT = 'touch done', "trap 'kill $!; exit 143' TERM; sleep 60 & touch started; wait"
+CONSOLE = rich.console.Console(width=240)
+
+
+def stop_once(made, holds):
+  """Runs a sweep, and asks it to stop once holds() is true."""
+  run = made.run
+
+  def show():
+    if holds() and not made.stopping:
+      made.stop(hard=False)
+
+  made.run = lambda _: run(show)
+  sweep_module.run(made, CONSOLE, [signal.SIGINT], on_tpu.clean_up)
+
+
+@pytest.mark.parametrize('parallel, only, zone', [(2, '', 'z'), (1, '', 'z'), (1, 'b/train', 'z'), (2, '', 'other')])
+def test_slices_of_all_launches_are_deleted(tmp_path, monkeypatch, stub, capsys, parallel, only, zone):
+  """The first launch is asked to stop, and keeps two slices. The second launch deletes both, although it uses one slice
+  at most, and even in another zone.
+  """
+  create(0), create(1)
+  made = scripted(tmp_path, {'a/train': FINISH, 'b/train': WAIT}, 2)
+  started = tmp_path / 'root' / 'b' / 'train' / 'started'
+  stop_once(made, lambda: made.status['a/train'].state == 'finished' and started.exists())
+  assert slices(stub) == {'pod-0', 'pod-1'}
+  assert 'STILL BILLED until deleted: pod-0, pod-1. To delete: ' in capsys.readouterr().out
+  monkeypatch.setenv('TPU_ZONE', zone)
+  made = scripted(tmp_path, {'a/train': FINISH, 'b/train': FINISH}, parallel, only)
+  sweep_module.run(made, CONSOLE, [], on_tpu.clean_up)
+  assert made.status['b/train'].state == 'finished' and not slices(stub)
+  assert capsys.readouterr().out.splitlines()[-1] == 'no slice of this sweep is left: nothing is billed'
+  deleted = [call for call in calls(stub) if 'delete' in call]
+  assert {(call[4], call[6]) for call in deleted} >= {('pod-0', '--zone=z'), ('pod-1', '--zone=z')}
+  assert json.loads((tmp_path / 'root' / 'sweep.json').read_text())['slices'] == []
+
+
+def test_a_slice_that_could_not_be_deleted_is_deleted_after_the_next_launch(tmp_path, stub, capsys):
+  create(0)
+  (stub / 'fail.json').write_text(json.dumps([{'match': 'tpu-vm delete', 'stderr': 'ERROR: UNAVAILABLE', 'times': 3}]))
+  for left in ({'pod-0'}, set()):
+    sweep_module.run(scripted(tmp_path, {'a/train': FINISH}), CONSOLE, [], on_tpu.clean_up)
+    assert slices(stub) == left and ('STILL BILLED' in capsys.readouterr().out) == bool(left)
+
+
+@pytest.mark.parametrize('keep', [False, True])
+def test_without_gcloud_a_slice_does_not_count_as_deleted(monkeypatch, stub, capsys, keep):
+  (stub / 'bin' / 'gcloud').unlink()
+  for tool in ('bash', 'dirname', 'grep', 'cut', 'xargs'):
+    (stub / 'bin' / tool).symlink_to(shutil.which(tool))
+  monkeypatch.setenv('PATH', str(stub / 'bin'))
+  assert on_tpu.clean_up(CONSOLE, [on_tpu.slice_of(0)], keep) == [on_tpu.slice_of(0)]
+  assert 'STILL BILLED until deleted: pod-0' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('fails_to_delete', [0, 2, 3])
+def test_an_error_of_the_launcher_leaves_no_run_and_no_slice(tmp_path, stub, monkeypatch, capsys, fails_to_delete):
+  """The command is asked to stop. Then its slice is deleted, with three tries, on a stub of gcloud.
+
+  The last line says what still costs money.
+  """
+  create(0)
   (stub / 'fail.json').write_text(json.dumps(
     [{'match': 'tpu-vm delete', 'stderr': 'ERROR: UNAVAILABLE', 'times': fails_to_delete}] * bool(fails_to_delete)))
   stopped = tmp_path / 'stopped'
   made, _ = flaky(tmp_path, [], ['bash', '-c', f'trap "touch {stopped}; exit 143" TERM; sleep 60 & wait'])
-  console, shown = rich.console.Console(width=240), []
+  shown = []
 
   def show():
     shown.append(1)
@@ -429,14 +532,15 @@ def test_an_error_of_the_launcher_leaves_no_run_and_no_slice(tmp_path, monkeypat
   made_run = made.run
   monkeypatch.setattr(made, 'run', lambda _: made_run(show))
   with pytest.raises(ZeroDivisionError):
-    sweep_module.run(made, console, [], on_tpu.clean_up)
+    sweep_module.run(made, CONSOLE, [], on_tpu.clean_up)
   assert stopped.exists()
   last = capsys.readouterr().out.splitlines()[-1]
   if fails_to_delete < 3:
     assert not (stub / 'nodes' / 'pod-0').exists() and last.startswith('no slice of this sweep is left')
   else:
-    assert last.startswith('STILL BILLED until deleted: pod-0. To delete: TPU_NAME=pod-0 bash ')
-  assert (stub / 'calls.jsonl').read_text().count('"delete"') == 1 + min(fails_to_delete, 2)
+    assert last.startswith(
+      'STILL BILLED until deleted: pod-0. To delete: TPU_NAME=pod-0 TPU_PROJECT=p TPU_ZONE=z bash ')
+  assert sum('delete' in call for call in calls(stub)) == 1 + min(fails_to_delete, 2)
 
 
 def test_the_planner_compiles_with_the_flags_that_the_workers_have(monkeypatch):
