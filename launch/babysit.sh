@@ -7,7 +7,8 @@
 # billed.
 
 tries=${TPU_TRIES:-5}
-created=''            # set once there is a slice to answer for
+created=''            # set once there may be a slice to answer for: from the first create on
+seen=''               # set once there was a slice
 failures=0            # in a row, of anything but the run itself; a run that is seen RUNNING resets it
 pause=$poll           # seconds before the next try
 ready_s=0 ready_at='' # seconds that the slice was READY; when it was last seen to be
@@ -58,8 +59,9 @@ end_if_final() {
 }
 create_slice() {
   say "creating $TPU_NAME"
+  created=yes # at once, because the server continues if this call is ended
   if create 2> >(tee "$errors" >&2); then
-    created=yes
+    seen=yes
     return
   fi
   sleep 0.2
@@ -185,6 +187,7 @@ babysit() {
       [ "$state" != READY ] || worker_sh stop || true
       exit 4
     fi
+    case $state in NONE | UNKNOWN*) ;; *) seen=yes ;; esac
     case $state in
       READY) created=yes ;;
       NONE)
@@ -196,7 +199,7 @@ babysit() {
         continue
         ;;
       UNKNOWN*) # a run may be in progress, so only before there is a slice does this end the watch
-        if [ -z "$created" ]; then
+        if [ -z "$seen" ]; then
           end_if_final "${state#UNKNOWN }"
           failed 'gcloud describe' "${state#UNKNOWN }"
         else

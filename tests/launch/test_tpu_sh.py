@@ -309,6 +309,46 @@ def test_babysit_deletes_at_the_end_if_asked(cloud):
   assert 'pod does not exist: nothing of it is billed' in err.splitlines()[-1]
 
 
+def wrap_gcloud(cloud, lines):
+  """Replaces the stub of gcloud with lines of bash, in which $stub calls the stub."""
+  (cloud.stub / 'bin' / 'gcloud').write_text(f'#!/bin/bash\nstub="{sys.executable} {STUB}"\n{lines}\n')
+
+
+def create_slowly(cloud, seconds):
+  """Makes gcloud's create return only after some seconds, although the slice exists at once."""
+  (cloud.stub / 'created_state').write_text('CREATING')
+  wrap_gcloud(cloud, f'$stub "$@"; code=$?; [[ "$*" != *" create "* ]] || sleep {seconds}; exit $code')
+
+
+def test_a_sigterm_during_create_deletes_the_slice(cloud):
+  """The server creates the slice even if the call of gcloud is ended."""
+  create_slowly(cloud, 60)
+  process = babysit(cloud, '0', '--delete', start=True)
+  cloud.wait_for(cloud.home().parent / 'state')
+  process.terminate()
+  _, err = process.communicate(timeout=240)
+  assert process.returncode == 143 and cloud.verbs() == ['create', 'delete'], err
+  assert err.splitlines()[-1].startswith('tpu.sh: pod does not exist: nothing of it is billed')
+
+
+def test_a_last_create_that_hangs_deletes_the_slice(cloud):
+  create_slowly(cloud, 60)
+  code, _, err = babysit(cloud, '0', '--delete', TPU_TRIES='1', TPU_CALL_LIMIT='3')
+  assert code == 6 and 'create failed' in err and cloud.verbs() == ['create', 'delete'], err
+  assert err.splitlines()[-1].startswith('tpu.sh: pod does not exist: nothing of it is billed')
+
+
+def test_a_state_that_can_not_be_read_after_a_refused_create_ends_the_watch(cloud):
+  """There is no run to wait for, because no slice was ever seen."""
+  wrap_gcloud(cloud, """case "$*" in
+    *' create '*) touch "$STUB/refused"; echo 'ERROR: no more capacity' >&2; exit 1 ;;
+    *' describe '*) [ ! -f "$STUB/refused" ] || { echo 'ERROR: no network' >&2; exit 1; } ;;
+  esac
+  $stub "$@" """)
+  code, _, err = babysit(cloud, '0', TPU_TRIES='2')
+  assert code == 6 and 'gcloud describe failed, the failure number 2 in a row: ERROR: no network' in err
+
+
 def test_babysit_takes_a_run_that_was_asked_to_stop_up_again(cloud):
   code, _, err = babysit(cloud, '143,130,0')
   assert code == 0 and starts(cloud) == 3, err
