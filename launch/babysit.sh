@@ -110,6 +110,8 @@ run_state() { # NONE, RUNNING, DONE, STOPPED, FAILED CODE, OTHER (another comman
   esac
 }
 
+stop_run() { worker_sh stop "$(id_of "${command[@]}")"; } # leaves another command alone
+
 hours_allowed() {
   local cap=${TPU_MAX_HOURS:-}
   if [ -n "${TPU_MAX_DOLLARS:-}" ]; then
@@ -132,6 +134,16 @@ used_up() { awk -v s="$ready_s" -v h="$1" 'BEGIN { exit !(s >= h * 3600) }'; }
 used() { # hours READY, and their price if it is known
   awk -v s="$ready_s" -v p="${TPU_DOLLARS_PER_HOUR:-}" \
     'BEGIN { printf "%.2f hours READY", s / 3600; if (p != "") printf " ($%.2f)", p * s / 3600 }'
+}
+
+# On SIGTERM.
+asked_to_stop() {
+  say 'asked to stop: the run saves and stops'
+  end_call
+  # A slice that was there already, and wasn't looked at yet, may run another command. Such a slice isn't deleted.
+  [ -n "$created" ] || [ "$(run_state "${command[@]}")" = OTHER ] || created=yes
+  stop_run || true
+  exit 143
 }
 
 # Runs when babysit ends for any reason: deletes the slice with --delete, and says what is still billed.
@@ -177,19 +189,19 @@ babysit() {
   fi
   SECONDS=0 errors=$(mktemp) call_limit=${TPU_CALL_LIMIT:-1800} ask_limit=${TPU_ASK_LIMIT:-180}
   trap leave EXIT
-  trap 'say "asked to stop: the run saves and stops"; end_call; worker_sh stop || true; exit 143' TERM
+  trap asked_to_stop TERM
   trap 'say "no longer watching; the run continues"; end_call; delete_after=""; exit 130' INT
   while true; do
     state=$(slice_state)
     count_ready "$state"
     if used_up "$cap"; then
       say "the cap of $cap hours is reached: the run saves and stops"
-      [ "$state" != READY ] || worker_sh stop || true
+      [ "$state" != READY ] || stop_run || true
       exit 4
     fi
     case $state in NONE | UNKNOWN*) ;; *) seen=yes ;; esac
     case $state in
-      READY) created=yes ;;
+      READY) ;;
       NONE)
         create_slice
         continue
@@ -216,6 +228,11 @@ babysit() {
     esac
 
     run=$(run_state "${command[@]}")
+    if [ "$run" = OTHER ]; then
+      created='' # the slice isn't ours to delete: its run would be lost
+      die "$TPU_NAME runs another command; stop it with launch/tpu.sh stop, or choose another TPU_NAME" 7
+    fi
+    created=yes
     [ "$run" = UNREACHABLE ] || unreachable=0
     if [ -z "$began" ]; then # a failure that an earlier babysit left behind doesn't count
       case $run in
@@ -232,7 +249,6 @@ babysit() {
         say 'done'
         exit 0
         ;;
-      OTHER) die "$TPU_NAME runs another command; stop it with launch/tpu.sh stop, or choose another TPU_NAME" ;;
       UNREACHABLE) # normal on a new slice; if it lasts, a host is broken
         unreachable=$((unreachable + 1))
         if [ "$unreachable" -le 5 ]; then
@@ -252,7 +268,7 @@ babysit() {
         say "the run failed (${run#FAILED }); next try in $pause s"
         back_off
         began=$SECONDS
-        if attempt stop worker_sh stop; then attempt start start "${command[@]}" || true; fi
+        if attempt stop stop_run; then attempt start start "${command[@]}" || true; fi
         ;;
       NONE | STOPPED)
         began=$SECONDS

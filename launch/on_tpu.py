@@ -75,11 +75,13 @@ def slice_of(slot: int) -> dict[str, str]:
           **{name: os.environ.get(name, '') for name in ('TPU_PROJECT', 'TPU_ZONE', 'TPU_QUEUED', 'TPU_SLICES')}}
 
 
-def clean_up(console: Console, slices: Sequence[dict[str, str]], keep: bool) -> list[dict[str, str]]:
+def clean_up(console: Console, slices: Sequence[dict[str, str]], others: Sequence[dict[str, str]],
+             keep: bool) -> list[dict[str, str]]:
   """Deletes slices. Then prints a line that names the slices that still cost money, and returns these slices.
 
   Args:
     slices: the slices, as `slice_of` returns them.
+    others: slices that run other commands, and that aren't deleted therefore. A line names them.
     keep: if True, no slice is deleted, because the sweep was asked to stop and the next launch will use the slices.
   """
   if keep:
@@ -89,8 +91,15 @@ def clean_up(console: Console, slices: Sequence[dict[str, str]], keep: bool) -> 
   names = ', '.join(it['TPU_NAME'] for it in left)
   commands = '; '.join(shlex.join([*(f'{name}={value}' for name, value in it.items() if value), 'bash', str(SCRIPT),
                                    '--yes', 'delete']) for it in left)
-  console.print(f'STILL BILLED until deleted: {names}. To delete: {commands}' if left else
-                'no slice of this sweep is left: nothing is billed', markup=False)
+  if others:
+    console.print('not deleted, because another command runs there, and still billed: '
+                  + ', '.join(it['TPU_NAME'] for it in others), markup=False)
+  if left:
+    console.print(f'STILL BILLED until deleted: {names}. To delete: {commands}', markup=False)
+  elif others:
+    console.print('no other slice of this sweep is left: nothing else is billed')
+  else:
+    console.print('no slice of this sweep is left: nothing is billed')
   return left
 
 

@@ -51,6 +51,7 @@ PROGRESS_EVERY_S = 60.0  # the time between lines of progress, if there is no te
 # If a result can't be read, as from a bucket, it is tried again every READ_AGAIN_S until GIVE_UP_S have passed.
 READ_AGAIN_S, GIVE_UP_S = 10.0, 600.0
 STATES = ('waiting', 'running', 'finished', 'stopped', 'failed', 'skipped')
+OTHER = 7  # exit status of launch/tpu.sh babysit if the slice runs another command
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit statuses of a run that was asked to stop, and has saved
 _COLOURS = {'running': 'cyan', 'finished': 'green', 'stopped': 'yellow', 'failed': 'red', 'skipped': 'yellow'}
 
@@ -86,6 +87,8 @@ class Sweep:
   Attributes:
     slices: the slices that this sweep has used, in this launch or an earlier one, and that aren't known to be deleted.
       Each is a dict of the environment variables that name the slice, as `slice_of` returns them.
+    others: the slices that points of this launch couldn't use, because they run other commands. They aren't in
+      `slices`, because deleting them would end these commands.
   """
 
   def __init__(self, points: Sequence[Point], folder: pathlib.Path, parallel: int,
@@ -107,6 +110,7 @@ class Sweep:
     self._unread: dict[str, tuple[float, float]] = {}
     self._record = self._read()
     self.slices: list[dict[str, str]] = self._record.setdefault('slices', [])
+    self.others: list[dict[str, str]] = []
     self.stopping = False
 
   def _read(self) -> dict[str, Any]:
@@ -190,8 +194,7 @@ class Sweep:
     status.starts += 1
     if self._slice_of and point.stage != 'data':  # data is prepared on this machine
       status.slice = self._slice_of(status.slot)
-      if status.slice not in self.slices:
-        self.slices.append(status.slice)
+      self._move(status.slice, self.others, self.slices)
     self.write()  # before the command can create the slice
     with self._lock(point) as held, open(self.log(point), 'ab') as log:
       command = self._command(point, status.slot)
@@ -204,6 +207,14 @@ class Sweep:
     if self.stopping:  # a signal arrived while the command was being started
       self.stop(hard=False)
     return True
+
+  @staticmethod
+  def _move(item: dict[str, str], source: list[dict[str, str]], target: list[dict[str, str]]) -> None:
+    """Removes an item from `source`, and adds it to `target`, unless it was done before."""
+    if item in source:
+      source.remove(item)
+    if item not in target:
+      target.append(item)
 
   def _lock(self, point: Point) -> contextlib.AbstractContextManager[IO[str] | None]:
     """Returns a context manager that takes the lock of a point. It yields the lock's file, or None if another process
@@ -256,6 +267,8 @@ class Sweep:
     self._unread.pop(point.name, None)
     del self._processes[point.name]
     status.exit, status.ended, status.state, status.note = code, time.time(), state, note
+    if status.slice and code == OTHER:
+      self._move(status.slice, self.slices, self.others)
     return True
 
   def _outcome(self, point: Point, code: int | None) -> tuple[str, str]:
@@ -448,14 +461,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(sweep: Sweep, console: Console, signals: Sequence[int],
-        clean_up: Callable[[Console, Sequence[dict[str, str]], bool], list[dict[str, str]]] | None) -> None:
+        clean_up: Callable[..., list[dict[str, str]]] | None) -> None:
   """Runs a sweep, shows its progress on the screen, and prints how it ended.
 
   Args:
     signals: the signals received so far. The signal handlers append to this list.
-    clean_up: a function (console, slices, keep) -> the slices that are left. It is always called at the end, to delete
-      the slices; None if there are no slices. If the sweep was asked to stop, `keep` is True, and the slices aren't
-      deleted.
+    clean_up: a function (console, slices, others, keep) -> the slices that are left. It is always called at the end, to
+      delete the slices; None if there are no slices. `others` are the slices that run other commands. If the sweep was
+      asked to stop, `keep` is True, and no slice is deleted.
   """
   try:
     with Screen(sweep, console) as screen:
@@ -468,7 +481,7 @@ def run(sweep: Sweep, console: Console, signals: Sequence[int],
       print('asked to stop; the same command resumes the sweep', file=sys.stderr)
   finally:
     if clean_up:
-      sweep.slices[:] = clean_up(console, sweep.slices, bool(signals))
+      sweep.slices[:] = clean_up(console, sweep.slices, sweep.others, bool(signals))
       sweep.write()
 
 

@@ -19,7 +19,7 @@
 #
 # --dry_run   print the gcloud commands and run none
 # --yes       don't ask before creating or deleting
-# --delete    delete the slice when babysit ends, whatever the reason
+# --delete    delete the slice when babysit ends, except after Ctrl-C or if it runs another command
 #
 # Settings, from the environment:
 #   TPU_NAME TPU_PROJECT TPU_ZONE                             always required

@@ -4,14 +4,15 @@
 #   setup [COMMAND]       install Python and the packages of launch/lock into betarank-venv, unless they are there; run COMMAND
 #   start ID COMMAND...   start a command in a tmux session, which outlives ssh; its output goes to betarank-run/log
 #   state ID              print betarank-state none|running|done|stopped|failed CODE|lost|other
-#   stop                  send SIGTERM, on which a run saves and stops; wait until it has ended
+#   stop ID               send SIGTERM, on which a run saves and stops; wait until it has ended
 #   log [LINES]           print the end of the log
 #   news KEY              print what was added to the log since the last `news KEY`, with the worker's name on each line
 #
 # If the command has a --workdir, the end of the log is copied to WORKDIR/hosts/WORKER.out every few minutes and at the
 # end: it outlives the slice there.
 #
-# ID identifies the command whose state is asked for: `other` means that another command runs. An empty ID matches any.
+# ID identifies the command that is meant: the state `other` means that another command runs, and `stop` doesn't stop
+# another command. An empty ID matches any.
 # A command that ends with status 130 (Ctrl-C) or 143 (SIGTERM) was asked to stop: it isn't done, and hasn't failed.
 set -euo pipefail
 
@@ -111,7 +112,7 @@ case $1 in
     echo "betarank-state $state"
     ;;
   stop)
-    if alive; then
+    if alive && { [ -z "${2:-}" ] || [ "$2" = "$(cat "$run/id")" ]; }; then
       kill -TERM "$(cat "$run/pid")" 2>/dev/null || true
       for _ in $(seq "$grace"); do
         alive || exit 0

@@ -501,13 +501,26 @@ def test_a_slice_that_could_not_be_deleted_is_deleted_after_the_next_launch(tmp_
     assert slices(stub) == left and ('STILL BILLED' in capsys.readouterr().out) == bool(left)
 
 
+def test_a_slice_that_runs_another_command_is_not_deleted(tmp_path, stub, capsys):
+  """An earlier point has used the slice. Then another sweep starts a command there, so babysit ends with status 7."""
+  create(0), create(1)
+  made = scripted(tmp_path, {'a/train': FINISH, 'b/train': 'exit 7', 'c/train': 'sleep 1; touch done'}, 2)
+  sweep_module.run(made, CONSOLE, [], on_tpu.clean_up)
+  other, = slices(stub)
+  assert other == f'pod-{made.status["b/train"].slot}'
+  assert capsys.readouterr().out.splitlines()[-2:] == [
+    f'not deleted, because another command runs there, and still billed: {other}',
+    'no other slice of this sweep is left: nothing else is billed']
+  assert json.loads((tmp_path / 'root' / 'sweep.json').read_text())['slices'] == []
+
+
 @pytest.mark.parametrize('keep', [False, True])
 def test_without_gcloud_a_slice_does_not_count_as_deleted(monkeypatch, stub, capsys, keep):
   (stub / 'bin' / 'gcloud').unlink()
   for tool in ('bash', 'dirname', 'grep', 'cut', 'xargs'):
     (stub / 'bin' / tool).symlink_to(shutil.which(tool))
   monkeypatch.setenv('PATH', str(stub / 'bin'))
-  assert on_tpu.clean_up(CONSOLE, [on_tpu.slice_of(0)], keep) == [on_tpu.slice_of(0)]
+  assert on_tpu.clean_up(CONSOLE, [on_tpu.slice_of(0)], [], keep) == [on_tpu.slice_of(0)]
   assert 'STILL BILLED until deleted: pod-0' in capsys.readouterr().out
 
 

@@ -309,6 +309,31 @@ def test_babysit_deletes_at_the_end_if_asked(cloud):
   assert 'pod does not exist: nothing of it is billed' in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize('how', ['found', 'SIGTERM before the first look', 'started during the watch'])
+def test_the_run_of_another_command_is_neither_stopped_nor_deleted(cloud, how):
+  if how == 'started during the watch':
+    process = babysit(cloud, 'wait', '--delete', start=True)
+    cloud.wait_for(cloud.home() / 'waiting')
+    (cloud.home() / 'betarank-run' / 'id').write_text('1')  # as if another babysit had stopped it and started its own
+  else:
+    first = babysit(cloud, 'wait', start=True)
+    cloud.wait_for(cloud.home() / 'waiting')
+    first.kill()
+    first.communicate()
+    if how.startswith('SIGTERM'):
+      wrap_gcloud(cloud, '[[ "$*" != *"worker.sh state"* || -f "$STUB/asked" ]] || { touch "$STUB/asked"; sleep 2; }\n'
+                         '$stub "$@"')
+    process = babysit(cloud, 'wait', '--delete', start=True, TPU_ENV='A=1')
+    if how.startswith('SIGTERM'):
+      cloud.wait_for(cloud.stub / 'asked')
+      process.terminate()
+  _, err = process.communicate(timeout=240)
+  assert process.returncode == (143 if how.startswith('SIGTERM') else 7), err
+  assert 'delete' not in cloud.verbs() and not (cloud.home() / 'betarank-run' / 'exit').exists()
+  assert err.splitlines()[-1].startswith('tpu.sh: pod still exists and costs money')
+  assert how.startswith('SIGTERM') or 'pod runs another command; stop it with launch/tpu.sh stop' in err
+
+
 def wrap_gcloud(cloud, lines):
   """Replaces the stub of gcloud with lines of bash, in which $stub calls the stub."""
   (cloud.stub / 'bin' / 'gcloud').write_text(f'#!/bin/bash\nstub="{sys.executable} {STUB}"\n{lines}\n')
