@@ -26,6 +26,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -433,6 +434,10 @@ def main(argv: Sequence[str]) -> None:
   if remote and not importlib.util.find_spec('gcsfs'):
     raise ConfigError(f'--root={args.root}: a bucket needs gcsfs ({install_hint(root)})')
   check_workdirs(points)
+  for point in points:
+    # What is wrong with a command is said now, because an error when its stage starts would stop all other runs.
+    if not shutil.which(program := command(point, 0)[0]):
+      raise ConfigError(f'--on={args.on}: {program} is not installed on this machine')
 
   folder = pathlib.Path('runs/sweeps') / root.partition('://')[2] if remote else pathlib.Path(root)
   folder.mkdir(parents=True, exist_ok=True)

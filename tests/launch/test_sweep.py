@@ -594,3 +594,14 @@ def test_a_template_that_can_not_be_used_is_refused(tmp_path, template, chips, m
   with pytest.raises(ConfigError) as error:
     engine_commands(tmp_path, template, *chips)
   assert message in str(error.value)
+
+
+@pytest.mark.parametrize('template, message', [
+  ('true {chips} {command}', '{chips} needs --chips=N or --chips=rl=N'),
+  ('no-such-program {command}', 'no-such-program is not installed on this machine')])
+def test_a_command_of_a_later_stage_is_refused_before_anything_starts(tmp_path, template, message):
+  with pytest.raises(ConfigError) as error:
+    sweep_module.main([f'--config={CONFIG}:dir={tmp_path}/d,arms=1,seeds=1', f'--root={tmp_path}/root',
+                       f'--on={template}', '--chips=train=4'])
+  assert str(error.value) == f'--on={template}: {message}'
+  assert not (tmp_path / 'root').exists()
