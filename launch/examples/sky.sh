@@ -7,8 +7,17 @@
 set -euo pipefail
 name=$1 command=$2
 here=$(cd "$(dirname "$0")" && pwd)
-trap 'sky jobs cancel --yes --name "$name"; exit 143' TERM INT
+waiting=''
+stop() { # more than once, because the job may not have been submitted yet
+  while kill -0 "$waiting" 2>/dev/null; do
+    sky jobs cancel --yes --name "$name" || true
+    sleep "${POLL_S:-10}"
+  done
+  exit 143
+}
+trap stop TERM INT
 
 # Prints the log until the job has ended, and exits with its status.
 sky jobs launch --yes --name "$name" --env "COMMAND=$command" "$here/sky.yaml" &
-wait $!
+waiting=$!
+wait "$waiting"

@@ -9,7 +9,7 @@
 #
 # - A job whose node fails is requeued by Slurm, and the run resumes from its last checkpoint.
 # - Ten minutes before the time limit, and on Ctrl-C of the sweep, the run is asked to save and stop. After a time limit
-#   the job is submitted again.
+#   the job is submitted again. On Ctrl-C a job that hasn't started is cancelled.
 # - Two jobs of one point never run at once, even if this script was killed and its job lives on: they have the same name,
 #   and --dependency=singleton makes the second one wait.
 set -euo pipefail
@@ -20,26 +20,44 @@ if [ "$1" = --inside ]; then # in the job
   exec srun --kill-on-bad-exit=0 bash -c "exec $command"
 fi
 
-name=$1 command=$2 asked=''
+name=$1 command=$2 asked='' signalled='' waiting=''
 read -ra options <<<"${SLURM_OPTIONS:-}"
 output=$(mktemp -d)
 trap 'rm -rf "$output"' EXIT
 
-stop() { # srun's tasks get the signal, save and exit with 143; then the job ends
-  asked=yes
-  scancel --signal=TERM "$(cat "$output/job")" || true
+# Asks the job to stop: cancels it if it is waiting; sends SIGTERM to its tasks if it runs, which save and exit with 143.
+# Tries until Slurm has done so, because sbatch may not have printed the job's id yet, a job may have no tasks yet, and
+# Slurm's controller may not answer for a while.
+stop() {
+  local id
+  asked=yes interrupted=yes
+  while kill -0 "$waiting" 2>/dev/null; do
+    id=$(cut -d';' -f1 "$output/job") # a federation prints ID;CLUSTER
+    if [ -n "$id" ]; then
+      scancel --state=PENDING "$id" || true
+      if squeue --noheader --steps --jobs="$id" --format=%i | grep -x " *$id\.0" >/dev/null &&
+        scancel --signal=TERM "$id"; then
+        signalled=yes
+        return 0 # a plain return in a trap would have the status from before the trap
+      fi
+    fi
+    sleep 1
+  done
 }
 trap stop TERM INT
 
 while true; do
   sbatch --wait --parsable --job-name="$name" --dependency=singleton --requeue --open-mode=append --signal=TERM@600 \
     --output="${SLURM_LOGS:-slurm-%x.log}" "${options[@]}" "$0" --inside "$command" >"$output/job" &
-  waiting=$! code=0
-  wait "$waiting" || code=$?
-  while kill -0 "$waiting" 2>/dev/null; do # a signal ended the wait, not the job
-    code=0
+  waiting=$!
+  [ -z "$asked" ] || stop # the signal arrived before there was anything to stop
+  while true; do
+    interrupted='' code=0
     wait "$waiting" || code=$?
+    [ -n "$interrupted" ] || break # otherwise a signal ended the wait, not the job
   done
+  # sbatch ends with 0 if its job was cancelled before it ran.
+  if [ "$code" = 0 ] && [ -n "$asked" ] && [ -z "$signalled" ]; then code=143; fi
   # 143: asked to stop and saved. If this script has not asked, it was the time limit.
   [ "$code" = 143 ] && [ -z "$asked" ] || exit "$code"
 done

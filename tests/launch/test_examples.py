@@ -30,11 +30,14 @@ if sys.argv[1] == 'get':
     sys.exit('NotFound')
   print((here / 'state').read_text(), end='')
 if sys.argv[1:3] == ['jobs', 'launch']:
+  time.sleep(1)  # until the job is submitted
   (here / 'launched').touch()
   status = here / 'status'
   while not status.exists():
     time.sleep(0.05)
   sys.exit(int(status.read_text()))
+if sys.argv[1:3] == ['jobs', 'cancel'] and (here / 'launched').exists():
+  (here / 'status').write_text('1')
 '''
 
 
@@ -109,6 +112,29 @@ def test_a_jobset_that_lives_on_is_not_created_again_and_a_stop_deletes_it(jobse
   assert not jobset.calls('create') and jobset.calls('delete') == [[['delete', 'jobset', 'job-1', '--wait=true'], '']]
 
 
+# Stands for a job that waits: sbatch prints its id after a second, and ends once scancel was called for waiting jobs.
+WAITING_JOB = {
+  'sbatch': 'touch "$HERE/called"; sleep 1; echo "7;here"; until [ -f "$HERE/cancelled" ]; do sleep 0.1; done',
+  'scancel': 'echo "$*" >>"$HERE/asked"; [[ "$*" != "--state=PENDING 7" ]] || touch "$HERE/cancelled"',
+  'squeue': ''}
+
+
+def test_slurm_cancels_a_job_that_waits(tmp_path):
+  """Even if the signal arrives before sbatch has printed the job's id. tests/launch/test_slurm.py has a real Slurm."""
+  for name, line in WAITING_JOB.items():
+    (tmp_path / name).write_text(f'#!/bin/bash\n{line}\n')
+    (tmp_path / name).chmod(0o755)
+  process = subprocess.Popen(['bash', EXAMPLES / 'slurm.sh', 'job-1', COMMAND], text=True, stderr=subprocess.PIPE, env={
+    **os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'HERE': str(tmp_path)})
+  while not (tmp_path / 'called').exists():
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.05)
+  process.terminate()
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 143 and not err
+  assert (tmp_path / 'asked').read_text() == '--state=PENDING 7\n'
+
+
 @pytest.fixture
 def sky(tmp_path):
   return Engine(tmp_path, 'sky', 'sky.sh')
@@ -122,12 +148,13 @@ def test_sky_passes_the_command_and_the_status_on(sky):
                        str(EXAMPLES / 'sky.yaml')]
 
 
-def test_sky_cancels_on_a_stop(sky):
+@pytest.mark.parametrize('submitted', [True, False])
+def test_sky_cancels_on_a_stop(sky, submitted):
   process = sky.start('job-1', COMMAND)
-  sky.wait((sky.folder / 'launched').exists)
+  sky.wait((sky.folder / 'launched').exists if submitted else (sky.folder / 'calls.jsonl').exists)
   process.send_signal(signal.SIGTERM)
-  assert process.wait(60) == 143 and sky.calls('cancel') == [[['jobs', 'cancel', '--yes', '--name', 'job-1'], '']]
-  (sky.folder / 'status').write_text('0')
+  assert process.wait(60) == 143 and (sky.folder / 'status').exists()  # the job has ended
+  assert sky.calls('cancel')[-1] == [['jobs', 'cancel', '--yes', '--name', 'job-1'], '']
 
 
 @pytest.mark.parametrize('nodes, expected', [

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -70,6 +71,27 @@ def test_a_sigterm_reaches_the_run_which_saves(cluster, tmp_path):
   process.terminate()
   assert process.wait(120) == 143, process.communicate()
   assert (tmp_path / 'saved').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('when', ['submitting', 'pending', 'starting'])
+def test_a_sigterm_before_the_run_has_started_ends_the_job(cluster, tmp_path, when):
+  """Slurm refuses to send a signal to a job that waits, and sends none to the batch script before its tasks exist."""
+  # `starting`: the job runs, but not yet its tasks. The wrappers wait before they call Slurm's program.
+  for program, case in ('sbatch', 'submitting'), ('srun', 'starting'):
+    path = tmp_path / program
+    path.write_text(f'#!/bin/bash\ntouch {path}.called\n{"sleep 4" if when == case else ""}\n'
+                    f'exec {shutil.which(program, path=slurm_cluster.PATH)} "$@"\n')
+    path.chmod(0o755)
+  process = start(cluster, tmp_path, when, shlex.join([sys.executable, '-c', WAITS, str(tmp_path)]),
+                  '--begin=now+1hour' if when == 'pending' else '', PATH=f'{tmp_path}:{slurm_cluster.PATH}')
+  if when == 'pending':
+    cluster.wait(lambda: 'PD' in cluster.run('squeue', '--noheader', '--name=pending', '--format=%t'))
+  else:
+    cluster.wait((tmp_path / f'{"sbatch" if when == "submitting" else "srun"}.called').exists)
+  process.terminate()
+  assert process.wait(120) == 143, process.communicate()
+  assert not cluster.run('squeue', '--noheader', f'--name={when}', '--states=PD,R').strip()
 
 
 @pytest.mark.slow
