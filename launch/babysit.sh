@@ -136,7 +136,7 @@ used() { # hours READY, and their price if it is known
     'BEGIN { printf "%.2f hours READY", s / 3600; if (p != "") printf " ($%.2f)", p * s / 3600 }'
 }
 
-# On SIGTERM.
+# On SIGTERM, and with --delete on SIGHUP (a closed terminal).
 asked_to_stop() {
   say 'asked to stop: the run saves and stops'
   end_call
@@ -149,7 +149,7 @@ asked_to_stop() {
 # Runs when babysit ends for any reason: deletes the slice with --delete, and says what is still billed.
 leave() {
   local code=$? state deleted=''
-  trap - EXIT INT TERM
+  trap - EXIT INT TERM HUP
   call_limit=600
   if [ -n "$created" ] && [ -n "$delete_after" ]; then
     for _ in 1 2 3; do
@@ -190,6 +190,7 @@ babysit() {
   SECONDS=0 errors=$(mktemp) call_limit=${TPU_CALL_LIMIT:-1800} ask_limit=${TPU_ASK_LIMIT:-180}
   trap leave EXIT
   trap asked_to_stop TERM
+  trap '[ -z "$delete_after" ] || asked_to_stop; exit 129' HUP
   trap 'say "no longer watching; the run continues"; end_call; delete_after=""; exit 130' INT
   while true; do
     state=$(slice_state)

@@ -27,6 +27,7 @@ SCRIPT = pathlib.Path(__file__).with_name('tpu.sh')
 REQUIRED = ('TPU_NAME', 'TPU_PROJECT', 'TPU_ZONE', 'TPU_TYPE', 'TPU_RUNTIME')
 DEFAULT_TYPE = 'v5litepod-256'  # used by a dry run if TPU_TYPE isn't set
 DELETE_TRIES, DELETE_WAIT_S = 3, 10.0
+CALL_LIMIT_S = 600  # for one call of launch/tpu.sh; a call of gcloud may hang
 # (slow end, fast end) of the MFU that an estimate without --plan assumes: {(chip, mixture of experts): ...}. From
 # docs/plans.md: on v5e the 4B and the 10B-A0.5B at the paper's batch, on v6e the 1B. Earlier plans of the 4B on v5p
 # were within a point of those on v5e.
@@ -115,8 +116,18 @@ def _delete(console: Console, slice_: dict[str, str]) -> bool:
   return False
 
 
+def start_delete(slice_: dict[str, str]) -> subprocess.Popen:
+  """Starts to delete a slice, and returns the process, which continues if this process ends."""
+  return subprocess.Popen(_command('--yes', 'delete'), env={**os.environ, **slice_}, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
 def _tpu_sh(slice_: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
-  return subprocess.run(['bash', str(SCRIPT), *arguments], env={**os.environ, **slice_}, capture_output=True, text=True)
+  return subprocess.run(_command(*arguments), env={**os.environ, **slice_}, capture_output=True, text=True)
+
+
+def _command(*arguments: str) -> list[str]:
+  return ['timeout', '--kill-after=30', str(CALL_LIMIT_S), 'bash', str(SCRIPT), *arguments]
 
 
 def _last_line(text: str) -> str:

@@ -93,7 +93,8 @@ class Sweep:
   """
 
   def __init__(self, points: Sequence[Point], folder: pathlib.Path, parallel: int,
-               command: Callable[[Point, int], list[str]], slice_of: Callable[[int], dict[str, str]] | None = None):
+               command: Callable[[Point, int], list[str]], slice_of: Callable[[int], dict[str, str]] | None = None,
+               start_delete: Callable[[dict[str, str]], subprocess.Popen] | None = None):
     """Reads the states that earlier launches have recorded.
 
     Args:
@@ -102,9 +103,11 @@ class Sweep:
       parallel: the largest number of points that run at the same time.
       command: a function (point, slot) -> command, a list of words.
       slice_of: a function slot -> slice; None if points don't run on slices.
+      start_delete: a function that starts to delete a slice, and returns a process with exit status 0 for success;
+        needed if points run on slices.
     """
     self.points, self.folder, self.parallel, self._command = list(points), folder, parallel, command
-    self._slice_of = slice_of
+    self._slice_of, self._start_delete = slice_of, start_delete
     self.status = {point.name: Status() for point in points}
     self._processes: dict[str, subprocess.Popen | None] = {}  # None: started by an earlier launch, and still running
     # Points whose result couldn't be read: (first try, next try), in monotonic seconds.
@@ -112,6 +115,7 @@ class Sweep:
     self._record = self._read()
     self.slices: list[dict[str, str]] = self._record.setdefault('slices', [])
     self.others: list[dict[str, str]] = []
+    self._deletes: list[tuple[dict[str, str], subprocess.Popen]] = []  # one for each slice at most
     self.stopping = False
 
   def _read(self) -> dict[str, Any]:
@@ -163,6 +167,8 @@ class Sweep:
       while True:
         changed = [self._end(point) for point in self.points if point.name in self._processes]
         changed += [self._begin(point) for point in self.points if self.status[point.name].state == 'waiting']
+        if self._slice_of:
+          changed.append(self._delete_spare())
         if any(changed):
           self.write()
         show()
@@ -173,6 +179,9 @@ class Sweep:
       if self._processes:  # the launcher has failed, and no run may continue without it
         self.stop(hard=False)
         self._wait()
+      if not self.stopping:
+        for _, process in self._deletes:
+          process.wait()
 
   def _begin(self, point: Point) -> bool:
     """Starts a point if the points that it needs are finished and fewer than `parallel` commands are running.
@@ -196,6 +205,7 @@ class Sweep:
     if self._slice_of and point.stage != 'data':  # data is prepared on this machine
       status.slice = self._slice_of(status.slot)
       self._move(status.slice, self.others, self.slices)
+      self._deletes = [(item, process) for item, process in self._deletes if item != status.slice]
     self.write()  # before the command can create the slice
     with self._lock(point) as held, open(self.log(point), 'ab') as log:
       command = self._command(point, status.slot)
@@ -216,6 +226,40 @@ class Sweep:
       source.remove(item)
     if item not in target:
       target.append(item)
+
+  def _delete_spare(self) -> bool:
+    """Deletes the slices that no remaining point can use, in the background. Returns whether self.slices has changed.
+
+    If deleting fails, it is left to the end of the sweep. If the sweep was asked to stop, slices are kept.
+    """
+    if self.stopping:
+      return False
+    for item in self._spare():
+      if all(item != begun for begun, _ in self._deletes):
+        self._deletes.append((item, self._start_delete(item)))
+    deleted = [item for item, process in self._deletes if process.poll() == 0 and item in self.slices]
+    for item in deleted:
+      self.slices.remove(item)
+    return bool(deleted)
+
+  def _spare(self) -> list[dict[str, str]]:
+    """Returns the slices that no remaining point can use."""
+    remaining = set()  # the names of the points that run or can still start
+    for point in self.points:
+      state = self.status[point.name].state
+      if state == 'running' or (state == 'waiting' and all(
+          name in remaining or self.status[name].state == 'finished' for name in point.needs)):
+        remaining.add(point.name)
+    remaining = [point for point in self.points if point.name in remaining and point.stage != 'data']
+    # A point needs at most one point that runs on a slice. Therefore, the points that no other point needs are the
+    # largest set of points that could run at the same time.
+    needed = {name for point in remaining for name in point.needs}
+    most = min(self.parallel, sum(point.name not in needed for point in remaining))
+    running = [self.status[name] for name in self._processes]
+    used = [status.slice for status in running if status.slice]
+    free = sorted(set(range(most + len(running))) - {status.slot for status in running})  # as _begin will choose
+    used += [self._slice_of(slot) for slot in free[:max(0, most - len(used))]]
+    return [item for item in self.slices if item not in used]
 
   def _lock(self, point: Point) -> contextlib.AbstractContextManager[IO[str] | None]:
     """Returns a context manager that takes the lock of a point. It yields the lock's file, or None if another process
@@ -408,7 +452,9 @@ def local_command(point: Point, _slot: int) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the command. The exit status is 0 if every point is finished, 130 or 143 if it was asked to stop, else 1."""
+  """Runs the command. The exit status is 0 if every point is finished, 129, 130 or 143 if it was asked to stop (SIGHUP,
+  Ctrl-C, SIGTERM), else 1.
+  """
   args = _parse(argv)
   remote = '://' in args.root
   root = args.root.rstrip('/')
@@ -416,10 +462,11 @@ def main(argv: Sequence[str]) -> None:
     points = expand(args.config, root, args.only)
   console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
   command, problems = local_command, local_files(points) if remote else []
-  slice_of = clean_up = None
+  slice_of = start_delete = clean_up = None
   if args.on == 'tpu':
     from betarank.launch import on_tpu
-    command, slice_of, clean_up = on_tpu.command(args.dry_run), on_tpu.slice_of, on_tpu.clean_up
+    command, slice_of = on_tpu.command(args.dry_run), on_tpu.slice_of
+    start_delete, clean_up = on_tpu.start_delete, on_tpu.clean_up
     if args.dry_run:
       on_tpu.print_estimate(console, points, args.parallel, args.plan)
   elif args.on != 'local':
@@ -447,17 +494,23 @@ def main(argv: Sequence[str]) -> None:
                       f'{workdir.holder(folder / ".sweep.lock")}')
     held.write(str(os.getpid()))
     held.flush()
-    sweep = Sweep(points, folder, args.parallel, command, slice_of)
+    sweep = Sweep(points, folder, args.parallel, command, slice_of, start_delete)
     signals: list[int] = []
+    terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
 
     def stop(signum: int, _frame) -> None:
       signals.append(signum)
+      if signum == signal.SIGHUP:  # the terminal was closed, so printing would raise an error
+        with open(os.devnull, 'wb') as nowhere:
+          for terminal in terminals:
+            os.dup2(nowhere.fileno(), terminal)
       if len(signals) == 1:
         print('stopping: runs save after their step; Ctrl-C again ends them at once', file=sys.stderr, flush=True)
       sweep.stop(hard=len(signals) > 1)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(signum, stop)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+      if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # ignored under nohup
+        signal.signal(signum, stop)
     with listening(lambda count: None):  # instead of ending this process after the second Ctrl-C
       run(sweep, console, signals, clean_up)
   if not _all_finished(sweep):
@@ -473,7 +526,8 @@ def run(sweep: Sweep, console: Console, signals: Sequence[int],
     signals: the signals received so far. The signal handlers append to this list.
     clean_up: a function (console, slices, others, keep) -> the slices that are left. It is always called at the end, to
       delete the slices; None if there are no slices. `others` are the slices that run other commands. If the sweep was
-      asked to stop, `keep` is True, and no slice is deleted.
+      asked to stop, `keep` is True, and no slice is deleted. After SIGHUP they are deleted, because the line that names
+      the kept slices would be lost with the terminal.
   """
   try:
     with Screen(sweep, console) as screen:
@@ -486,7 +540,7 @@ def run(sweep: Sweep, console: Console, signals: Sequence[int],
       print('asked to stop; the same command resumes the sweep', file=sys.stderr)
   finally:
     if clean_up:
-      sweep.slices[:] = clean_up(console, sweep.slices, sweep.others, bool(signals))
+      sweep.slices[:] = clean_up(console, sweep.slices, sweep.others, bool(signals) and signal.SIGHUP not in signals)
       sweep.write()
 
 

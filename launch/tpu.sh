@@ -44,7 +44,7 @@ slices=${TPU_SLICES:-1}
 dry_run='' yes='' delete_after=''
 call_limit='' call='' # seconds that one call of gcloud may take, which babysit sets; the process id of the last one
 
-say() { echo "tpu.sh: $*" >&2; }
+say() { echo "tpu.sh: $*" >&2 || true; } # the terminal may be closed
 die() {
   say "error: $1"
   exit "${2:-2}"

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -367,7 +368,8 @@ def flaky(tmp_path, errors, command):
   [point] = [p for p in expand(write(tmp_path, '  add()\n'), str(tmp_path / 'root')) if p.stage == 'train']
   fields = {field.name: getattr(point, field.name) for field in dataclasses.fields(Point)} | {'needs': ()}
   (tmp_path / 'root').mkdir()
-  made = Sweep([Flaky(**fields)], tmp_path / 'root', 1, lambda point, _: command, on_tpu.slice_of)
+  made = Sweep([Flaky(**fields)], tmp_path / 'root', 1, lambda point, _: command, on_tpu.slice_of,
+               on_tpu.start_delete)
   made.status[point.name].state = 'waiting'  # finished() has just said that it is
   made.points[0].errors.extend(errors)
   return made, made.status[point.name]
@@ -453,7 +455,7 @@ def scripted(tmp_path, scripts, parallel=1, only=''):
       points.append(Scripted(name, 'train', '', needs, ConfigDict(), 1, str(folder), (f'cd {folder}; {line}',)))
     before = name
   return Sweep(points, tmp_path / 'root', parallel, lambda point, slot: ['bash', '-c', *point.arguments],
-               on_tpu.slice_of)
+               on_tpu.slice_of, on_tpu.start_delete)
 
 
 FINISH, WAIT = 'touch done', "trap 'kill $!; exit 143' TERM; sleep 60 & touch started; wait"
@@ -478,9 +480,8 @@ def test_slices_of_all_launches_are_deleted(tmp_path, monkeypatch, stub, capsys,
   at most, and even in another zone.
   """
   create(0), create(1)
-  made = scripted(tmp_path, {'a/train': FINISH, 'b/train': WAIT}, 2)
-  started = tmp_path / 'root' / 'b' / 'train' / 'started'
-  stop_once(made, lambda: made.status['a/train'].state == 'finished' and started.exists())
+  made = scripted(tmp_path, {'a/train': WAIT, 'b/train': WAIT}, 2)
+  stop_once(made, lambda: all((tmp_path / 'root' / name / 'started').exists() for name in made.status))
   assert slices(stub) == {'pod-0', 'pod-1'}
   assert 'STILL BILLED until deleted: pod-0, pod-1. To delete: ' in capsys.readouterr().out
   monkeypatch.setenv('TPU_ZONE', zone)
@@ -495,7 +496,7 @@ def test_slices_of_all_launches_are_deleted(tmp_path, monkeypatch, stub, capsys,
 
 def test_a_slice_that_could_not_be_deleted_is_deleted_after_the_next_launch(tmp_path, stub, capsys):
   create(0)
-  (stub / 'fail.json').write_text(json.dumps([{'match': 'tpu-vm delete', 'stderr': 'ERROR: UNAVAILABLE', 'times': 3}]))
+  (stub / 'fail.json').write_text(json.dumps([{'match': 'tpu-vm delete', 'stderr': 'ERROR: UNAVAILABLE', 'times': 4}]))
   for left in ({'pod-0'}, set()):
     sweep_module.run(scripted(tmp_path, {'a/train': FINISH}), CONSOLE, [], on_tpu.clean_up)
     assert slices(stub) == left and ('STILL BILLED' in capsys.readouterr().out) == bool(left)
@@ -517,11 +518,66 @@ def test_a_slice_that_runs_another_command_is_not_deleted(tmp_path, stub, capsys
 @pytest.mark.parametrize('keep', [False, True])
 def test_without_gcloud_a_slice_does_not_count_as_deleted(monkeypatch, stub, capsys, keep):
   (stub / 'bin' / 'gcloud').unlink()
-  for tool in ('bash', 'dirname', 'grep', 'cut', 'xargs'):
+  for tool in ('bash', 'timeout', 'dirname', 'grep', 'cut', 'xargs'):
     (stub / 'bin' / tool).symlink_to(shutil.which(tool))
   monkeypatch.setenv('PATH', str(stub / 'bin'))
   assert on_tpu.clean_up(CONSOLE, [on_tpu.slice_of(0)], [], keep) == [on_tpu.slice_of(0)]
   assert 'STILL BILLED until deleted: pod-0' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('second, third, left', [
+  ('exit 2', FINISH, {'pod-0'}),  # refused, so the next point is skipped
+  ('exit 143', FINISH, {'pod-0'}),  # stopped; the next point can't start in this launch
+  (FINISH, FINISH, {'pod-0'}),
+  (FINISH, 'until [ -f stop ]; do sleep 0.1; done; touch done', {'pod-0', 'pod-1'})])
+def test_a_slice_is_deleted_once_no_point_can_use_it(tmp_path, stub, second, third, left):
+  """Three slices are left of an earlier launch, of which two are used. The first point still runs."""
+  create(0), create(1), create(2)
+  scripts = {'a/train': 'until [ -f stop ]; do sleep 0.1; done; touch done', 'a/rl': FINISH, 'b/train': second,
+             'b/rl': third}
+  made = scripted(tmp_path, scripts, 2)
+  made.slices.extend(on_tpu.slice_of(slot) for slot in range(3))
+  run, until = made.run, time.monotonic() + 300
+
+  def show():
+    assert time.monotonic() < until, slices(stub)
+    if slices(stub) == left and made.status['b/train'].state != 'running':
+      for arm in 'a/train', 'b/rl':
+        (tmp_path / 'root' / arm / 'stop').touch()
+
+  made.run = lambda _: run(show)
+  sweep_module.run(made, CONSOLE, [], on_tpu.clean_up)
+  assert made.status['a/rl'].state == 'finished' and not slices(stub) and made.slices == []
+  assert made.status['a/rl'].slice == on_tpu.slice_of(0)
+
+
+@pytest.mark.parametrize('signum, code, left', [
+  (signal.SIGHUP, 129, set()), (signal.SIGTERM, 143, {'pod-0'}), (signal.SIGINT, 130, {'pod-0'})])
+def test_a_signal_stops_runs_and_only_a_closed_terminal_deletes_slices(tmp_path, stub, monkeypatch, signum, code, left):
+  create(0)
+  made = scripted(tmp_path, {'a/train': WAIT})
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sweep_module, 'expand', lambda *_: made.points)
+  monkeypatch.setattr(sweep_module, 'local_files', lambda _: [])
+  monkeypatch.setattr(sweep_module.importlib.util, 'find_spec', lambda _: True)
+  monkeypatch.setattr(on_tpu, 'command', lambda _: lambda point, _: ['bash', '-c', *point.arguments])
+  before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
+
+  def send():
+    while not (tmp_path / 'root' / 'a' / 'train' / 'started').exists():
+      time.sleep(0.05)
+    os.kill(os.getpid(), signum)
+
+  threading.Thread(target=send, daemon=True).start()
+  try:
+    with pytest.raises(SystemExit) as ended:
+      sweep_module.main(['--config=x.py', '--on=tpu', '--root=gs://b/x'])
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  assert ended.value.code == code and slices(stub) == left
+  record = json.loads((tmp_path / 'runs' / 'sweeps' / 'b' / 'x' / 'sweep.json').read_text())
+  assert record['points']['a/train']['status']['state'] == 'stopped' and len(record['slices']) == len(left)
 
 
 @pytest.mark.parametrize('fails_to_delete', [0, 2, 3])

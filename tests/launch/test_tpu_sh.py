@@ -374,6 +374,23 @@ def test_a_state_that_can_not_be_read_after_a_refused_create_ends_the_watch(clou
   assert code == 6 and 'gcloud describe failed, the failure number 2 in a row: ERROR: no network' in err
 
 
+@pytest.mark.parametrize('flags, code', [(['--delete'], 143), ([], 129)])
+def test_a_closed_terminal_leaves_no_slice_that_is_to_be_deleted(cloud, flags, code):
+  """The run saves before its slice is deleted. If babysit doesn't delete the slice, the run continues."""
+  master, terminal = os.openpty()
+  wrap_gcloud(cloud, '[[ "$*" != *"worker.sh stop"* ]] || touch "$STUB/stopped"; $stub "$@"')
+  process = subprocess.Popen(
+    ['setsid', '--ctty', 'bash', cloud.tree / 'launch' / 'tpu.sh', '--yes', *flags,
+     'babysit', 'run', 'python', '-c', RUN, 'wait'],
+    env=cloud.environment(), stdin=terminal, stdout=terminal, stderr=terminal)
+  os.close(terminal)
+  cloud.wait_for(cloud.home() / 'waiting')
+  os.close(master)
+  assert process.wait(240) == code
+  assert (cloud.stub / 'stopped').exists() == bool(flags)
+  assert cloud.verbs() == ['create', 'scp', *['delete'] * bool(flags)]
+
+
 def test_babysit_takes_a_run_that_was_asked_to_stop_up_again(cloud):
   code, _, err = babysit(cloud, '143,130,0')
   assert code == 0 and starts(cloud) == 3, err
