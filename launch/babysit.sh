@@ -151,7 +151,7 @@ leave() {
   local code=$? state deleted=''
   trap - EXIT INT TERM HUP
   call_limit=600
-  if [ -n "$created" ] && [ -n "$delete_after" ]; then
+  if [ -n "$created" ] && [ -n "$delete_after" ] && [ "$(slice_state)" != NONE ]; then
     for _ in 1 2 3; do
       if delete 2>"$errors" || grep -qi 'not.found' "$errors"; then
         deleted=yes
