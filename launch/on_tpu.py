@@ -78,7 +78,7 @@ def slice_of(slot: int) -> dict[str, str]:
 
 def clean_up(console: Console, slices: Sequence[dict[str, str]], others: Sequence[dict[str, str]],
              keep: bool) -> list[dict[str, str]]:
-  """Deletes slices. Then prints a line that names the slices that still cost money, and returns these slices.
+  """Deletes slices. Then prints a line that names the slices that still cost money, and returns those not deleted.
 
   Args:
     slices: the slices, as `slice_of` returns them.
@@ -101,7 +101,7 @@ def clean_up(console: Console, slices: Sequence[dict[str, str]], others: Sequenc
     console.print('no other slice of this sweep is left: nothing else is billed')
   else:
     console.print('no slice of this sweep is left: nothing is billed')
-  return left
+  return list(slices) if keep else left  # one that isn't there may still come, if its creation was interrupted
 
 
 def _delete(console: Console, slice_: dict[str, str]) -> bool:

@@ -149,6 +149,9 @@ class Sweep:
       self._record['points'][name]['status'] = dataclasses.asdict(status)
     write_atomically(self.folder / 'sweep.json', json.dumps(self._record, indent=1) + '\n')
 
+  def _lock_path(self, name: str) -> pathlib.Path:
+    return self.folder / '.sweep' / f'{name}.lock'
+
   def log(self, point: Point) -> pathlib.Path:
     """Returns the file with the output of a point's command."""
     return self.folder / '.sweep' / f'{point.name}.log'
@@ -198,16 +201,17 @@ class Sweep:
       return False
     if len(self._processes) >= self.parallel:
       return False
-    taken = {self.status[name].slot for name in self._processes}
+    taken = {self.status[name].slot for name in self._processes} | {status['slot'] for status in self._unselected()}
     status.slot = min(set(range(self.parallel + len(taken))) - taken)
     status.state, status.note, status.started, status.exit = 'running', '', time.time(), None
     status.starts += 1
+    status.slice = None
     if self._slice_of and point.stage != 'data':  # data is prepared on this machine
       status.slice = self._slice_of(status.slot)
       self._move(status.slice, self.others, self.slices)
       self._deletes = [(item, process) for item, process in self._deletes if item != status.slice]
     self.write()  # before the command can create the slice
-    with self._lock(point) as held, open(self.log(point), 'ab') as log:
+    with self._lock(point.name) as held, open(self.log(point), 'ab') as log:
       command = self._command(point, status.slot)
       log.write(f'$ {shlex.join(command)}\n'.encode())
       log.flush()
@@ -255,13 +259,27 @@ class Sweep:
     # largest set of points that could run at the same time.
     needed = {name for point in remaining for name in point.needs}
     most = min(self.parallel, sum(point.name not in needed for point in remaining))
-    running = [self.status[name] for name in self._processes]
-    used = [status.slice for status in running if status.slice]
-    free = sorted(set(range(most + len(running))) - {status.slot for status in running})  # as _begin will choose
-    used += [self._slice_of(slot) for slot in free[:max(0, most - len(used))]]
+    used = [status.slice for name in self._processes if (status := self.status[name]).slice]
+    taken = {self.status[name].slot for name in self._processes} | {status['slot'] for status in self._unselected()}
+    free = sorted(set(range(most + len(taken))) - taken)  # as _begin will choose
+    used += [self._slice_of(slot) for slot in free[:max(0, most - len(used))]] + self.held()
     return [item for item in self.slices if item not in used]
 
-  def _lock(self, point: Point) -> contextlib.AbstractContextManager[IO[str] | None]:
+  def held(self) -> list[dict[str, str]]:
+    """Returns the slices of the points that aren't selected, but whose commands still run since an earlier launch."""
+    return [status['slice'] for status in self._unselected() if status['slice'] in self.slices]
+
+  def _unselected(self) -> list[dict[str, Any]]:
+    """Returns the recorded states of the points of `held`, each as a dict with the attributes of Status."""
+    found = []
+    for name, point in self._record['points'].items():
+      if name not in self.status and point.get('status', {}).get('slice'):
+        with self._lock(name) as held:
+          if held is None:
+            found.append(point['status'])
+    return found
+
+  def _lock(self, name: str) -> contextlib.AbstractContextManager[IO[str] | None]:
     """Returns a context manager that takes the lock of a point. It yields the lock's file, or None if another process
     holds the lock.
 
@@ -269,7 +287,7 @@ class Sweep:
     launch finds the lock held, it knows that the command is still running. The lock's file contains the command's
     process id.
     """
-    path = self.log(point).with_suffix('.lock')
+    path = self._lock_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     return workdir.lock_file(path)
 
@@ -278,7 +296,7 @@ class Sweep:
 
     Returns True if such a command is running.
     """
-    with self._lock(point) as held:
+    with self._lock(point.name) as held:
       if held:
         return False
     status = self.status[point.name]
@@ -363,7 +381,7 @@ class Sweep:
     for point in self.points:
       if point.name in self._processes:
         process = self._processes[point.name]
-        pid = process.pid if process else workdir.holder(self.log(point).with_suffix('.lock'))
+        pid = process.pid if process else workdir.holder(self._lock_path(point.name))
         with contextlib.suppress(ProcessLookupError, ValueError):
           os.killpg(int(pid), signal.SIGKILL) if hard else os.kill(int(pid), signal.SIGTERM)
 
@@ -540,7 +558,10 @@ def run(sweep: Sweep, console: Console, signals: Sequence[int],
       print('asked to stop; the same command resumes the sweep', file=sys.stderr)
   finally:
     if clean_up:
-      sweep.slices[:] = clean_up(console, sweep.slices, sweep.others, bool(signals) and signal.SIGHUP not in signals)
+      held = sweep.held()
+      slices = [item for item in sweep.slices if item not in held]
+      keep = bool(signals) and signal.SIGHUP not in signals
+      sweep.slices[:] = clean_up(console, slices, sweep.others + held, keep) + held
       sweep.write()
 
 

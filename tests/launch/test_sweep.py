@@ -494,6 +494,23 @@ def test_slices_of_all_launches_are_deleted(tmp_path, monkeypatch, stub, capsys,
   assert json.loads((tmp_path / 'root' / 'sweep.json').read_text())['slices'] == []
 
 
+def test_the_slice_of_a_point_that_still_runs_and_is_not_selected_is_kept(tmp_path, stub, capsys):
+  """An earlier launcher was killed, so its command continues on the first slice."""
+  create(0), create(1)
+  killed = scripted(tmp_path, {'a/train': WAIT, 'b/train': FINISH}, 2)
+  killed._begin(killed.points[0])
+  try:
+    made = scripted(tmp_path, {'a/train': WAIT, 'b/train': FINISH}, 2, 'b/train')
+    sweep_module.run(made, CONSOLE, [], on_tpu.clean_up)
+    assert made.status['b/train'].slice == on_tpu.slice_of(1) and slices(stub) == {'pod-0'}
+    assert 'still billed: pod-0' in capsys.readouterr().out and made.slices == [on_tpu.slice_of(0)]
+  finally:
+    killed.stop(hard=True)
+    killed._wait()
+  sweep_module.run(scripted(tmp_path, {'b/train': FINISH}), CONSOLE, [], on_tpu.clean_up)
+  assert not slices(stub)
+
+
 def test_a_slice_that_could_not_be_deleted_is_deleted_after_the_next_launch(tmp_path, stub, capsys):
   create(0)
   (stub / 'fail.json').write_text(json.dumps([{'match': 'tpu-vm delete', 'stderr': 'ERROR: UNAVAILABLE', 'times': 4}]))
