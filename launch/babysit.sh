@@ -115,7 +115,6 @@ stop_run() { worker_sh stop "$(id_of "${command[@]}")"; } # leaves another comma
 hours_allowed() {
   local cap=${TPU_MAX_HOURS:-}
   if [ -n "${TPU_MAX_DOLLARS:-}" ]; then
-    need TPU_DOLLARS_PER_HOUR
     cap=$(awk -v h="${cap:-1e9}" -v m="$TPU_MAX_DOLLARS" -v p="$TPU_DOLLARS_PER_HOUR" \
       'BEGIN { d = m / p; print d < h ? d : h }')
   fi

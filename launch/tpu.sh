@@ -103,7 +103,9 @@ check_settings() {
     die "TPU_NAME must be at most 60 lower-case letters, digits and hyphens and begin with a letter, got '$TPU_NAME'"
   [[ $TPU_ZONE =~ ^[a-z0-9-]+$ ]] || die "TPU_ZONE must be a zone such as us-west4-a, got '$TPU_ZONE'"
   [[ $TPU_PROJECT =~ ^[a-z0-9:.-]+$ ]] || die "TPU_PROJECT must be a project's id, not its title, got '$TPU_PROJECT'"
-  [[ $slices =~ ^[1-9][0-9]*$ ]] || die "TPU_SLICES must be 1 or more, got $slices"
+  [[ $slices =~ ^[1-9][0-9]{0,2}$ ]] || die "TPU_SLICES must be 1 or more, and at most 999, got $slices"
+  [[ ${TPU_TYPE:-v5litepod-8} =~ ^[a-z0-9]+-[1-9][0-9]{0,5}$ ]] ||
+    die "TPU_TYPE must be a type such as v5litepod-256, got '$TPU_TYPE'"
   [ -z "${TPU_SPOT:-}" ] || [ -z "${TPU_RESERVED:-}" ] || die 'TPU_SPOT and TPU_RESERVED exclude each other'
   local name variables
   for name in TPU_ENV TPU_FLAGS; do
@@ -115,6 +117,19 @@ check_settings() {
   done
 }
 
+# What the cap is computed from. awk reads a text such as '$307', nan or inf as some number, and there would be no cap.
+check_numbers() {
+  local name number='^[0-9]{1,12}(\.[0-9]{1,12})?$'
+  for name in TPU_MAX_HOURS TPU_MAX_DOLLARS TPU_DOLLARS_PER_HOUR; do
+    [[ ${!name:-1} =~ $number && ${!name:-1} =~ [1-9] ]] ||
+      die "$name must be a number above 0, such as 307.2, without units or commas, got '${!name}'"
+  done
+  for name in TPU_TRIES TPU_CALL_LIMIT TPU_ASK_LIMIT; do
+    [[ ${!name:-1} =~ ^[1-9][0-9]{0,8}$ ]] || die "$name must be a whole number of 1 or more, got '${!name}'"
+  done
+  [[ $poll =~ $number ]] || die "TPU_POLL must be a number of seconds, got '$poll'"
+  [ -z "${TPU_MAX_DOLLARS:-}" ] || need TPU_DOLLARS_PER_HOUR
+}
 # What would fail only once there is a slice, which costs money by then.
 check_machine() {
   check_checkout
@@ -321,8 +336,9 @@ check_settings
 # The shell's own message says `not found`, as gcloud does of a slice that doesn't exist.
 [ -n "$dry_run" ] || command -v gcloud >/dev/null || die 'gcloud is not installed'
 case $verb in
-  create | babysit)
+  create | babysit | check)
     need TPU_TYPE TPU_RUNTIME
+    check_numbers
     ;;&
   create | push | babysit | check) [ -n "$dry_run" ] || check_machine ;;
 esac

@@ -345,7 +345,7 @@ def test_on_tpu_from_a_wheel(package_without_git):
   for flag in ('--dry_run', '--dry-run'):
     done = subprocess.run([*command, flag], cwd=here, env=settings, text=True, capture_output=True)
     assert done.returncode == 0 and 'tpu.sh --yes babysit train' in done.stdout, done.stderr
-  settings |= dict.fromkeys((*on_tpu.REQUIRED, 'TPU_MAX_HOURS'), 'x')
+  settings |= {**dict.fromkeys(on_tpu.REQUIRED, 'x'), 'TPU_TYPE': 'v5litepod-8', 'TPU_MAX_HOURS': '1'}
   done = subprocess.run(command, cwd=here, env=settings, text=True, capture_output=True)
   assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
   assert done.stderr.startswith('error: --on=tpu: push sends a git commit, and ') and 'clone betarank' in done.stderr

@@ -151,6 +151,14 @@ def test_the_summary_counts_chips_and_nothing_is_created_unasked(cloud, kind, ch
     (['status'], {'TPU_PROJECT': 'My Project'}, "TPU_PROJECT must be a project's id, not its title"),
     (['run', 'env'], {'TPU_ENV': 'A=1 b c'}, "TPU_ENV must be NAME=VALUE, with quotes around blanks, got 'b'"),
     (['--yes', 'create'], {'TPU_FLAGS': "--labels='a"}, 'TPU_FLAGS has a quote without an end'),
+    (['--yes', 'create'], {'TPU_TYPE': 'foo'}, 'TPU_TYPE must be a type such as v5litepod-256'),
+    (['check'], {'TPU_TYPE': ''}, 'TPU_TYPE is not set'),
+    (['check'], {'TPU_RUNTIME': ''}, 'TPU_RUNTIME is not set'),
+    (['check'], {'TPU_MAX_HOURS': 'abc'}, 'TPU_MAX_HOURS must be a number above 0'),
+    (['check'], {'TPU_MAX_DOLLARS': '5'}, 'TPU_DOLLARS_PER_HOUR is not set'),
+    (['--yes', 'babysit', 'train'], {'TPU_TRIES': 'five'}, 'TPU_TRIES must be a whole number of 1 or more'),
+    (['--yes', 'babysit', 'train'], {'TPU_CALL_LIMIT': '0'}, 'TPU_CALL_LIMIT must be a whole number of 1 or more'),
+    (['--yes', 'babysit', 'train'], {'TPU_POLL': 'nan'}, 'TPU_POLL must be a number of seconds'),
     (['--yes', 'babysit', 'train'], {'TPU_MAX_HOURS': ''}, 'babysit needs a cap'),
     (['--yes', 'babysit', 'train'], {'TPU_MAX_DOLLARS': '5'}, 'TPU_DOLLARS_PER_HOUR is not set'),
     (['--yes', 'babysit', 'trane', 'x'], {}, "'trane' can't be run"),
@@ -161,6 +169,21 @@ def test_what_cannot_be_is_refused_in_one_line(cloud, argv, settings, message):
   code, out, err = cloud(*argv, **settings)
   assert code == 2 and not cloud.calls and not out
   assert err.splitlines()[-1].startswith(f'tpu.sh: error: {message}')
+
+
+@pytest.mark.parametrize('value', ['$307', 'abc', 'nan', 'inf', '1e400', '1e9', '1,2', '-5', '0', '0.0', ' 5', '5\n'])
+def test_a_cap_that_is_no_number_above_0_is_refused_and_not_left_out(cloud, value):
+  good = {'TPU_MAX_HOURS': '9', 'TPU_MAX_DOLLARS': '100', 'TPU_DOLLARS_PER_HOUR': '307.2'}
+  for name in good:
+    code, out, err = cloud('--dry_run', 'babysit', 'train', **{**good, name: value})
+    assert code == 2 and not out and f'error: {name} must be a number above 0' in err, err
+
+
+def test_the_cap_is_the_smaller_one_of_hours_and_dollars(cloud):
+  for hours, dollars, want in (('9', '100', '0.25'), ('', '100', '0.25'), ('0.1', '100', '0.1')):
+    code, _, err = cloud('--dry_run', 'babysit', 'train', TPU_MAX_HOURS=hours, TPU_MAX_DOLLARS=dollars,
+                         TPU_DOLLARS_PER_HOUR='400')
+    assert code == 0 and f'for {want} hours at most' in err, err
 
 
 def test_every_verb_s_command_line(cloud):
