@@ -6,9 +6,10 @@ usage text. The error for an unknown flag suggests a similar flag. A flag may be
 """
 
 import argparse
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from betarank.configs.errors import ConfigError, suggestion
@@ -18,6 +19,7 @@ from betarank.configs.errors import ConfigError, suggestion
 _BUCKET_MEANT = re.compile(r'\s*([a-z]+:)?(gs:|(s3|az|hf|file|https?|ftp):/)', re.IGNORECASE)
 _BUCKET = re.compile(r'([a-z]+:)?(gs|s3|az|hf)://[^/\s]')
 _HOME = re.compile(r'([a-z]+:)?(?=~/|~$)')
+_LARGEST_COUNT = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,6 +87,27 @@ def underscored(word: str) -> str:
   """
   flag, equals, value = word.partition('=')
   return f'--{flag[2:].replace("-", "_")}{equals}{value}' if flag.startswith('--') else word
+
+
+def above_zero(kind: type[float]) -> Callable[[str], float]:
+  """Returns a function that reads a number above 0. Use it as the `type` of a flag, or for an environment variable.
+
+  kind: `int` for a whole number below 2**31, or `float` for a finite number.
+
+  The function raises argparse.ArgumentTypeError if its argument isn't such a number.
+  """
+  largest, what = (_LARGEST_COUNT, 'a whole number') if kind is int else (math.inf, 'a number')
+
+  def read(text: str) -> float:
+    try:
+      value = kind(text)
+    except ValueError:
+      value = 0
+    if not 0 < value <= largest or value == math.inf:
+      raise argparse.ArgumentTypeError(f'expected {what} above 0, got {text!r}')
+    return value
+
+  return read
 
 
 def place(text: str) -> str:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from betarank.configs import load, settings
 from betarank.configs.errors import ConfigError
-from betarank.configs.parser import Parser, install_hint
+from betarank.configs.parser import Parser, above_zero, install_hint
 from betarank.configs.sections import section
 from betarank.configs.stop import StopSignal
 from betarank.configs.terminal import BAR, short, waiting
@@ -40,22 +40,19 @@ _LINE_S = 10.0  # the shortest time between two lines of progress in a log file
 def main(argv: Sequence[str]) -> None:
   parser = Parser('betarank data', __doc__)
   parser.add_argument('command', choices=_COMMANDS)
-  parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes of prepare (default: all CPUs)')
+  parser.add_argument('--workers', type=above_zero(int), default=os.cpu_count(),
+                      help='processes of prepare (default: all CPUs)')
   parser.add_argument('--part', default='1/1', metavar='I/N', help='prepare: part I, from 1, of N (default: all)')
   parser.add_argument('--dry_run', action='store_true', help='prepare: print what it will take on N machines (--part)')
-  parser.add_argument('--mb_per_s', type=float, default=0.0, metavar='MB',
+  parser.add_argument('--mb_per_s', type=above_zero(float), default=0.0, metavar='MB',
                       help='--dry_run: MB of text per second of a process (default: as measured, docs/data.md)')
-  parser.add_argument('--dollars_per_hour', type=float, default=0.0, metavar='USD',
+  parser.add_argument('--dollars_per_hour', type=above_zero(float), default=0.0, metavar='USD',
                       help='--dry_run: the price of a machine')
   parser.add_argument('--source', default='', help='show: one source (default: all)')
   parser.add_argument('--split', default='train', choices=prepared.SPLITS, help='show: of this split')
   parser.add_argument('--row', type=int, default=0, help='show: this row, counted over all epochs')
   config, args = load.from_command_line(
     parser, argv, settings={'model': {'vocab_size': settings.MODEL['vocab_size']}, 'data': settings.DATA_SECTION})
-  if args.workers < 1:
-    parser.error('--workers must be 1 or more')
-  if args.mb_per_s < 0 or args.dollars_per_hour < 0:
-    parser.error('--mb_per_s and --dollars_per_hour must not be negative')
   if args.dry_run and args.command != 'prepare':
     parser.error('--dry_run is for prepare')
   part, parts = _part(args.part)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from betarank.configs import load, settings
 from betarank.configs.errors import UserError
-from betarank.configs.parser import Parser, place
+from betarank.configs.parser import Parser, above_zero, place
 from betarank.configs.stop import StopSignal, importing
 
 _KEPT = 'results so far are kept, and the same command does the rest'
@@ -29,9 +29,10 @@ def main(argv: Sequence[str]) -> None:
                       help='a name from eval/benchmarks.py, or the URI of a task, such as reasoning:chain_sum?level=1')
   parser.add_argument('--tasks', default='', metavar='NAME[,NAME]', help='harness: tasks of lm-evaluation-harness')
   parser.add_argument('--num_fewshot', type=int, help="harness: examples before a question, if not the task's number")
-  parser.add_argument('--limit', type=int, help='harness: questions of each task, the first ones')
+  parser.add_argument('--limit', type=above_zero(int), help='harness: questions of each task, the first ones')
   parser.add_argument('--include_path', type=place, help='harness: a folder with tasks of your own')
-  parser.add_argument('--max_length', type=int, default=0, help='harness: tokens, if not what the model was trained on')
+  parser.add_argument('--max_length', type=above_zero(int), default=0,
+                      help='harness: tokens, if not what the model was trained on')
   parser.add_argument('--coordinator', default='', metavar='HOST:PORT | auto',
                       help='join several processes into one job; auto on TPU pods and Slurm')
   parser.add_argument('--processes', type=int, default=1)

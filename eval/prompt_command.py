@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
-from betarank.configs.errors import UserError
-from betarank.configs.parser import Parser, place
+from betarank.configs.parser import Parser, above_zero, place
 from betarank.configs.stop import importing
 from betarank.configs.terminal import waiting
 
@@ -31,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--tokenizer', type=place, metavar='PATH',
                       help='where the tokenizer is, if not where it was in training')
   parser.add_argument('--prompt', help='the text to continue; default: each line of standard input')
-  parser.add_argument('--samples', type=int, default=1, help='continuations of each prompt (default 1)')
+  parser.add_argument('--samples', type=above_zero(int), default=1, help='continuations of each prompt (default 1)')
   parser.add_argument('--temperature', type=float, default=1.0, help='0: the most probable token (default 1)')
   parser.add_argument('--top_p', type=float, default=1.0, help='nucleus sampling; 1: off (default 1)')
   parser.add_argument('--max_new_tokens', type=int, default=256, help='longest continuation, in tokens (default 256)')
@@ -39,8 +38,6 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--entropy', action='store_true',
                       help='list the tokens of each continuation with probability, rank and entropy, at temperature 1')
   args = parser.parse_args(argv)
-  if args.samples < 1:
-    raise UserError(f'--samples must be >= 1, got {args.samples}')
   _run(args)
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from betarank.configs.errors import UserError
-from betarank.configs.parser import Parser, place
+from betarank.configs.parser import Parser, above_zero, place
 from betarank.configs.steps import planned_steps
 from betarank.configs.terminal import duration
 
@@ -202,10 +202,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('folder', nargs='+', type=place, metavar='RUN_OR_FOLDER',
                       help='a workdir, or a folder with runs: a sweep')
   parser.add_argument('--once', action='store_true', help='print the table once')
-  parser.add_argument('--every', type=float, default=0.0, metavar='SECONDS', help='default: 2, or 30 for gs://')
+  parser.add_argument('--every', type=above_zero(float), default=0.0, metavar='SECONDS', help='default: 2, or 30 for gs://')
   args = parser.parse_args(argv)
-  if not 0 <= args.every < math.inf:
-    raise UserError(f'--every must be a number of seconds, got {args.every}')
   every = args.every or (30.0 if any('://' in folder for folder in args.folder) else 2.0)
   console = Console(highlight=False)
   rows = _read(args.folder)

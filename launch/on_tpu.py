@@ -3,6 +3,7 @@
 Slice number i is named TPU_NAME-i. It is created for the first point that needs it, and used again for later points.
 """
 
+import argparse
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from rich.table import Table
 from betarank import model
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.load import to_json
+from betarank.configs.parser import above_zero
 from betarank.launch.plan import chips as tpus
 from betarank.launch.plan.chips import Topology
 from betarank.launch.plan.workload import workload
@@ -140,8 +142,24 @@ def topology() -> Topology:
 
   Raises:
     PlanError: there is no such pod.
+    ConfigError: TPU_SLICES isn't a number of pods.
   """
-  return tpus.topology(os.environ.get('TPU_TYPE') or DEFAULT_TYPE, int(os.environ.get('TPU_SLICES') or 1))
+  return tpus.topology(os.environ.get('TPU_TYPE') or DEFAULT_TYPE, _number('TPU_SLICES', int) or 1)
+
+
+def _number(name: str, kind: type[float]) -> float | None:
+  """Returns the number in an environment variable; None if the variable isn't set or is empty.
+
+  kind: as for `above_zero`.
+
+  Raises:
+    ConfigError: the value isn't a number above 0.
+  """
+  text = os.environ.get(name)
+  try:
+    return above_zero(kind)(text) if text else None
+  except argparse.ArgumentTypeError as error:
+    raise ConfigError(f'{name}: {error}') from None
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
@@ -198,8 +216,15 @@ def worker_flags() -> dict[str, str]:
   """Returns {'LIBTPU_INIT_ARGS': value} if TPU_ENV sets this variable, otherwise {}.
 
   `betarank plan` needs the variable, because it changes the compiled programs.
+
+  Raises:
+    ConfigError: TPU_ENV has a quote without an end.
   """
-  variables = dict(word.partition('=')[::2] for word in shlex.split(os.environ.get('TPU_ENV', '')))
+  try:
+    words = shlex.split(os.environ.get('TPU_ENV', ''))
+  except ValueError:
+    raise ConfigError(f'TPU_ENV has a quote without an end: {os.environ["TPU_ENV"]}') from None
+  variables = dict(word.partition('=')[::2] for word in words)
   return {name: value for name, value in variables.items() if name == 'LIBTPU_INIT_ARGS'}
 
 
@@ -208,10 +233,13 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
 
   parallel: the number of points that run at the same time.
   compile_first: if True, hours come from `planned_hours`; if False, from `assumed_hours`, which compiles nothing.
+
+  Raises:
+    UserError: a point doesn't fit on the chips, or an environment variable can't be used.
   """
   chips = topology()
   estimate = planned_hours if compile_first else assumed_hours
-  price = os.environ.get('TPU_DOLLARS_PER_HOUR')
+  price = _number('TPU_DOLLARS_PER_HOUR', float)
   table = Table('point', 'tokens', 'chips', 'hours', 'chip hours', 'cost', box=None)
   for column in table.columns[1:]:
     column.justify = 'right'
@@ -230,7 +258,7 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
       continue
     total = [t + h for t, h in zip(total, hours)]
     table.add_row(point.name, tokens, str(chips.chips), _span(hours), _span([h * chips.chips for h in hours]),
-                  '$' + _span([h * float(price) for h in hours]) if price else '?')
+                  '$' + _span([h * price for h in hours]) if price else '?')
   console.print(table)
   basis = (f'predicted by betarank plan from the programs compiled for {chips.name}; for RL, if every answer has its '
            'full length' if compile_first else
@@ -238,7 +266,7 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
            'has its full length; --plan compiles the programs and predicts')
   console.print(f'in all {_span(total)} hours of {chips.slices} x {chips.name}, '
                 f'{_span([t * chips.chips for t in total])} chip hours, '
-                + (f'${_span([t * float(price) for t in total])}' if price else
+                + (f'${_span([t * price for t in total])}' if price else
                    'cost unknown: set TPU_DOLLARS_PER_HOUR, the price of all slices of a point')
                 + f'; at best {_span([t / parallel for t in total])} hours from start to end with '
                 f'--parallel={parallel}.\nHours are {basis}. Input, evaluation, checkpoints and waiting for capacity '

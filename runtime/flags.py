@@ -2,7 +2,7 @@
 
 import argparse
 
-from betarank.configs.parser import run_place
+from betarank.configs.parser import above_zero, run_place
 
 
 def add_run_flags(parser: argparse.ArgumentParser, workdir_needed: bool = True) -> None:
@@ -19,6 +19,6 @@ def add_run_flags(parser: argparse.ArgumentParser, workdir_needed: bool = True) 
                       help='join several processes into one job; auto on TPU pods and Slurm')
   parser.add_argument('--processes', type=int, default=1)
   parser.add_argument('--process_id', type=int, default=0)
-  parser.add_argument('--host_deadline_s', type=float, default=60.0,
+  parser.add_argument('--host_deadline_s', type=above_zero(float), default=60.0,
                       help='seconds without a heartbeat after which a process counts as lost, and the others end '
                            '(default 60)')

@@ -21,7 +21,7 @@ from etils import epath
 from rich.progress import Progress
 
 from betarank.configs import common, load
-from betarank.configs.parser import Parser, place
+from betarank.configs.parser import Parser, above_zero, place
 from betarank.configs.sections import section
 from betarank.data import DataError, read_tokenizer, tokenizer
 from betarank.model import ModelConfig, hf_config, hf_tokenizer, hf_weights, parameter_counts
@@ -297,9 +297,9 @@ def main(argv: Sequence[str]) -> None:
   out.add_argument('--checkpoint', required=True, type=place, metavar='DIR', help='a workdir, or one checkpoint')
   out.add_argument('--to', required=True, type=place, metavar='DIR', help='a new directory')
   out.add_argument('--dtype', choices=tuple(STORED), default='float32')
-  out.add_argument('--shard_gb', type=float, default=4.0, help='largest size of a file (default: 4)')
+  out.add_argument('--shard_gb', type=above_zero(float), default=4.0, help='largest size of a file (default: 4)')
   out.add_argument('--tokenizer', default='', metavar='PATH | none', help="default: the run's own")
-  out.add_argument('--positions', type=int, default=0, metavar='TOKENS',
+  out.add_argument('--positions', type=above_zero(int), default=0, metavar='TOKENS',
                    help='longest text that config.json allows; default: what the model was trained on or imported with')
   back = commands.add_parser('import', help='a Qwen3 or Qwen3-MoE directory to a workdir to start from')
   back.add_argument('--from', required=True, type=place, dest='source', metavar='DIR')
@@ -309,8 +309,4 @@ def main(argv: Sequence[str]) -> None:
   if args.command == 'import':
     print(import_(args.source, args.to, args.tokenizer))
   else:
-    if not 0 < args.shard_gb < math.inf:
-      parser.error('--shard_gb must be > 0')
-    if args.positions < 0:
-      parser.error('--positions must be > 0')
     print(export(args.checkpoint, args.to, args.dtype, args.shard_gb, args.tokenizer, args.positions))

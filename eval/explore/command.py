@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from betarank.configs.errors import UserError
-from betarank.configs.parser import Parser, place
+from betarank.configs.parser import Parser, above_zero, place
 from betarank.configs.stop import importing, leave
 from betarank.configs.terminal import waiting
 
@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--export', type=place, metavar='FILE.html', help='write one view to a file, and serve nothing')
   parser.add_argument('--text', help=r'the text to export; \n is a line end')
   parser.add_argument('--problem', type=int, help='the problem to export, by its number, in place of a text')
-  parser.add_argument('--samples', type=int, default=4, help='continuations per checkpoint in the export (default 4)')
+  parser.add_argument('--samples', type=above_zero(int), default=4,
+                      help='continuations per checkpoint in the export (default 4)')
   parser.add_argument('--max_new_tokens', type=int, default=64, help='longest of these, in tokens (default 64)')
   args = parser.parse_args(argv)
   if args.export and (args.text is None) == (args.problem is None):

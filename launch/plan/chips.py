@@ -71,6 +71,7 @@ SHAPES = {  # number of chips -> shape of the torus
   'v5p': _v5p_shapes(),
 }
 SHAPES['v6e'] = SHAPES['v5e']
+MOST_SLICES = 999  # for each chip of all slices a device is made
 LISTED = 1024  # an error message lists the pods up to this number of chips, and the largest one
 
 
@@ -95,8 +96,8 @@ class Topology:
       more = f', and more up to {names[max(names)]}' if max(names) > LISTED else ''
       raise PlanError(f'--topology={self.name}: no such pod; {kind} comes as {", ".join(listed)}{more}'
                       f'{suggestion(self.name, [*names.values()])}')
-    if self.slices < 1:
-      raise PlanError(f'--slices={self.slices}: must be 1 or more')
+    if not 1 <= self.slices <= MOST_SLICES:
+      raise PlanError(f'--slices={self.slices}: must be from 1 to {MOST_SLICES}')
 
   @property
   def chip(self) -> Chip:

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from betarank.configs import load, settings
 from betarank.configs.errors import ConfigError
-from betarank.configs.parser import Parser
+from betarank.configs.parser import Parser, above_zero
 from betarank.configs.stop import importing
 
 
@@ -34,9 +34,11 @@ def main(argv: Sequence[str]) -> None:
   """Runs the command. The exit status is 1 if no plan fits."""
   parser = Parser('betarank plan', __doc__)
   parser.add_argument('--topology', help='v5e-256, v5p-128, v6e-64, ...')
-  parser.add_argument('--slices', type=int, default=1, help='pods joined by a network; the data axis spans them')
-  parser.add_argument('--usd_per_chip_hour', type=float, default=0.0, help='the price, to print what the stage costs')
-  parser.add_argument('--mean_answer', type=int, default=0, metavar='TOKENS',
+  parser.add_argument('--slices', type=above_zero(int), default=1,
+                      help='pods joined by a network; the data axis spans them')
+  parser.add_argument('--usd_per_chip_hour', type=above_zero(float), default=0.0,
+                      help='the price, to print what the stage costs')
+  parser.add_argument('--mean_answer', type=above_zero(int), default=0, metavar='TOKENS',
                       help="mean length of RL's answers, for the time of the stage; default: the greatest length")
   parser.add_argument('--json', action='store_true', help='print the plan as JSON, nothing else')
   parser.add_argument('--search', action='store_true', help='try meshes, microbatches and remat policies; rank them')
@@ -44,11 +46,12 @@ def main(argv: Sequence[str]) -> None:
                       "memory and collectives stay the same, but times are XLA's estimates, without kernels")
   parser.add_argument('--table', nargs='?', const='*', metavar='PATTERN',
                       help="make the table of docs/plans.md, or its rows that match, such as 'dense_*/v5e-256'")
-  parser.add_argument('--tries', type=int, default=12, help='how many settings --search compiles at most')
+  parser.add_argument('--tries', type=above_zero(int), default=12, help='how many settings --search compiles at most')
   config, args = load.from_command_line(
-    parser, argv, settings=settings.PRETRAIN, configure=_read_config, needs_config=False)
-  if args.mean_answer < 0 or (args.mean_answer and 'rl' not in config):
-    raise ConfigError(f'--mean_answer={args.mean_answer}: must be a number of tokens, for a config of RL')
+    parser, argv, settings=settings.PRETRAIN, needs_config=False,
+    configure=lambda args, overrides: _read_config(parser, args, overrides))
+  if args.mean_answer and 'rl' not in config:
+    raise ConfigError(f'--mean_answer={args.mean_answer}: is for a config of RL')
   folder = pathlib.Path(tempfile.mkdtemp(prefix='plan-'))
   configure_libtpu(folder, not args.no_bundles)
 
@@ -62,6 +65,9 @@ def main(argv: Sequence[str]) -> None:
         print(line, flush=True)
       return
     work = workload.workload(config)
+    if work.rl and args.mean_answer > max(work.rl.max_new_tokens):
+      raise ConfigError(f'--mean_answer={args.mean_answer}: no answer is longer than '
+                        f'config.rl.max_new_tokens = {max(work.rl.max_new_tokens)}')
     topology = chips.topology(args.topology, args.slices)
     devices = topology.devices()
     if args.search:
@@ -71,7 +77,8 @@ def main(argv: Sequence[str]) -> None:
   finally:
     shutil.rmtree(folder, ignore_errors=True)
   if args.json:
-    stage = plans.describe_stage(work, topology, () if args.search else found, args.mean_answer)
+    stage = plans.describe_stage(
+      work, topology, () if args.search else found, args.mean_answer, args.usd_per_chip_hour)
     print(json.dumps({'stage': stage, 'plans': [dataclasses.asdict(plan) for plan in found]}, indent=2))
   elif not args.search:
     report.report(work, topology, found, args.usd_per_chip_hour, args.mean_answer)
@@ -79,20 +86,26 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(1)
 
 
-def _read_config(args: argparse.Namespace, overrides: Mapping[str, str]) -> ConfigDict:
+def _read_config(parser: Parser, args: argparse.Namespace, overrides: Mapping[str, str]) -> ConfigDict:
   """Returns the config of --config, or an empty one for --table.
 
   Raises:
-    ConfigError: a required flag is missing, or a flag is given that can't be combined with --table.
+    ConfigError: a required flag is missing, or flags are given that can't be combined.
   """
+  changed = lambda *names: [f'--{name}' for name in names if getattr(args, name) != parser.get_default(name)]
   if args.table:
-    given = [f'--{name}' for name in ('config', 'topology', 'search', 'json') if getattr(args, name)]
+    given = changed(
+      'config', 'topology', 'slices', 'usd_per_chip_hour', 'mean_answer', 'json', 'search', 'tries')
     if given := given + [f'--config.{key}' for key in overrides]:
       raise ConfigError(f'{given[0]}: can\'t be combined with --table, which takes only a pattern and --no_bundles')
     return ConfigDict()
   for flag, example in (('config', 'configs/smoke.py'), ('topology', 'v5e-256')):
     if not getattr(args, flag):
       raise ConfigError(f'--{flag} is needed, as in --{flag}={example}')
+  if args.search and (given := changed('usd_per_chip_hour', 'mean_answer')):
+    raise ConfigError(f'{given[0]}: can\'t be combined with --search, which doesn\'t plan the whole stage')
+  if not args.search and changed('tries'):
+    raise ConfigError('--tries: is for --search')
   return load.read(args.config)
 
 

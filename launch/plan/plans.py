@@ -120,16 +120,20 @@ def _out_of_memory(text: str) -> str:
 
 
 def describe_stage(
-  work: Workload, topology: Topology, plans: Sequence[Plan] = (), mean_answer: int = 0
+  work: Workload, topology: Topology, plans: Sequence[Plan] = (), mean_answer: int = 0, usd_per_chip_hour: float = 0.0
 ) -> dict[str, Any]:
-  """Returns {name: value} with the sizes, FLOPs, number of steps and time of the whole stage (one run).
+  """Returns {name: value} with the sizes, FLOPs, number of steps, time and cost of the whole stage (one run).
 
   The value of `seconds` is the (least, most) time of the stage, computed from the plans of its programs. It is None if
-  `plans` is empty, or if a program doesn't fit.
+  `plans` is empty, or if a program doesn't fit. The value of `usd` is the (least, most) cost. It is None if `seconds`
+  is None, or if no price is given.
 
   mean_answer: the mean length of RL's answers in tokens. With 0, all answers are assumed to have the maximum length.
+  usd_per_chip_hour: the price; 0 if it isn't known.
   """
   c = work.run.model
+  seconds = stage_seconds(work, plans, mean_answer) if plans and all(plan.fits for plan in plans) else None
+  price = usd_per_chip_hour * topology.chips / 3600
   return {
     'parameters': model.parameter_counts(c),
     'active_parameters': model.parameter_counts(c, active=True),
@@ -137,7 +141,8 @@ def describe_stage(
     'sequence_length': work.length,
     'steps': work.steps,
     'chips': topology.chips,
-    'seconds': stage_seconds(work, plans, mean_answer) if plans and all(plan.fits for plan in plans) else None,
+    'seconds': seconds,
+    'usd': tuple(price * s for s in seconds) if price and seconds else None,
   }
 
 

@@ -17,7 +17,7 @@ def report(
   usd_per_chip_hour: the price; with 0, the cost is left out.
   mean_answer: the mean length of RL's answers in tokens. With 0, all answers are assumed to have the maximum length.
   """
-  stage = describe_stage(work, topology, plans, mean_answer)
+  stage = describe_stage(work, topology, plans, mean_answer, usd_per_chip_hour)
   total, active = sum(stage['parameters'].values()), stage['active_parameters']
   parts = ', '.join(f'{name} {_short(n)}' for name, n in stage['parameters'].items() if n)
   print(f'parameters    {_short(total)} ({parts})')
@@ -30,8 +30,7 @@ def report(
     hours = [s * topology.chips / 3600 for s in (low, high)]
     answers = f'answers of {mean_answer:,} tokens on average' if mean_answer else 'if every answer has its full length'
     what = answers if work.rl else f'{stage["steps"]:,} steps'
-    usd = [h * usd_per_chip_hour for h in hours]
-    cost = f', {usd[0]:,.0f} to {usd[1]:,.0f} USD' if usd_per_chip_hour else ''
+    cost = f', {stage["usd"][0]:,.0f} to {stage["usd"][1]:,.0f} USD' if stage['usd'] else ''
     print(f'\nstage         {duration(low)} to {duration(high)} ({what}): '
           f'{hours[0]:,.0f} to {hours[1]:,.0f} chip-hours{cost}')
   print(f'\nTimes are predicted from the compiled program: {ERROR}.')

@@ -20,6 +20,7 @@ from betarank.launch.plan.workload import Workload, workload
 from betarank.model.config import REMAT, ModelConfig, parameter_counts
 
 ROWS_PER_CHIP = (1, 2, 4, 8)  # the numbers of rows per chip of a microbatch that are tried
+EXPERT_AXES = (1, 2, 4, 8, 16, 32)  # the numbers of chips that split the experts that are tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +41,19 @@ class Candidate:
 def candidates(work: Workload, topology: Topology) -> list[Candidate]:
   """Returns the candidates that may fit, which means that a lower bound on their memory is below the memory of a chip.
 
+  They include the sizes of `fsdp` and `expert` that the config has.
+
   Candidates that are likely to be fast come first. They are sorted by the amount of recomputation, then by the number
   of microbatches, then by memory, with the smallest first.
   """
-  c, chips = work.run.model, topology.chips
-  experts = [e for e in (1, 8, 16, 32) if c.moe.experts and c.moe.experts % e == 0] or [1]
+  c, chips, own = work.run.model, topology.chips, work.run.mesh
+  widths = sorted({*_powers_of_2(chips), max(own.fsdp, 1)})  # -1 stands for all chips that remain, a power of 2
+  experts = sorted({*EXPERT_AXES, max(own.expert, 1)}) if c.moe.experts else [1]
   found = []
-  for fsdp, expert, per_chip, remat in itertools.product(_powers_of_2(chips), experts, ROWS_PER_CHIP, list(REMAT)[1:]):
+  for fsdp, expert, per_chip, remat in itertools.product(widths, experts, ROWS_PER_CHIP, list(REMAT)[1:]):
     data, rest = divmod(chips, fsdp * expert)
-    if rest or not data or data % topology.slices or c.d_model % fsdp or work.rows % (chips * per_chip):
+    if (rest or not data or data % topology.slices or c.d_model % fsdp or c.moe.experts % expert
+        or work.rows % (chips * per_chip)):
       continue
     mesh = (('data', data), ('fsdp', fsdp), ('expert', expert), ('context', 1), ('tensor', 1))
     least = _least_bytes(c, fsdp, expert, per_chip * work.length, remat)
@@ -97,9 +102,16 @@ def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folde
   In RL, these are plans of the gradient program, and the plans of `search_decoding` for the fastest candidate follow.
 
   Raises:
-    PlanError: no candidate could fit.
+    PlanError: no candidate could fit, or the rows of an update can't be divided evenly among the chips.
   """
   work = workload(config)
+  if work.rows % topology.chips:
+    below = work.rows // topology.chips * topology.chips
+    near = ' or '.join(str(n) for n in (below, below + topology.chips) if n)
+    what = ('samples of an update (rl.prompts_per_step * rl.group_size / rl.minibatches)' if work.rl else
+            'rows of an update (train.batch_size)')
+    raise PlanError(f'--search: the {work.rows} {what} can\'t be divided evenly among {topology.chips} chips; {near} '
+                    'would do')
   possible = candidates(work, topology)
   if not possible:
     raise PlanError('--search: no mesh of data, fsdp and expert holds the state and one row per chip; take more chips')

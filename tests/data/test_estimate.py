@@ -77,6 +77,10 @@ def test_the_command(tmp_path, capsys):
   setting = f'--config.data.dir={tmp_path}/data'
   command.main(['prepare', '--config=configs/smoke.py', setting, '--dry_run', '--part=1/3', '--workers=2'])
   assert 'on 3 machines with 2 processes each' in capsys.readouterr().out and not os.listdir(tmp_path)
-  for wrong, message in ((['finish'], '--dry_run is for prepare'), (['prepare', '--mb_per_s=-1'], 'must not be neg')):
+  for wrong, message in (
+      (['finish'], '--dry_run is for prepare'), (['prepare', '--mb_per_s=-1'], '--mb_per_s: expected a number above 0'),
+      (['prepare', '--mb_per_s=nan'], '--mb_per_s: expected a number above 0'),
+      (['prepare', '--dollars_per_hour=nan'], '--dollars_per_hour: expected a number above 0'),
+      (['prepare', '--dollars_per_hour=inf'], '--dollars_per_hour: expected a number above 0')):
     with pytest.raises(ConfigError, match=message):
       command.main([*wrong, '--config=configs/smoke.py', setting, '--dry_run'])

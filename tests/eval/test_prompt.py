@@ -64,7 +64,7 @@ def test_lines_of_standard_input_are_prompts_until_it_ends(generate, monkeypatch
 @pytest.mark.parametrize('flag, words', [
   ('--temperature=-1', '--temperature must be >= 0'), ('--top_p=0', r'--top_p must be in \(0, 1\]'),
   ('--max_new_tokens=0', '--max_new_tokens must be >= 1'), ('--seed=-1', '--seed must be in'),
-  ('--samples=0', '--samples must be >= 1')])
+  ('--samples=0', '--samples: expected a whole number above 0')])
 def test_a_setting_that_cannot_be_is_named(generate, flag, words):
   with pytest.raises(UserError, match=words):
     generate(flag)

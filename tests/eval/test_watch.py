@@ -96,7 +96,8 @@ def test_the_command_prints_once_and_names_what_is_wrong(root, tmp_path, capsys)
   watch.main([str(root), '--once'])
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].split() == ['run', 'state', 'step', 'CE', 'entropy', 'pass', 'tokens/s', 'left'] and len(lines) == 5
-  for argv, words in (([str(root / 'data'), '--once'], 'no runs there'), ([str(root), '--every=-1'], '--every must be'),
+  for argv, words in (([str(root / 'data'), '--once'], 'no runs there'),
+                      ([str(root), '--every=-1'], '--every: expected a number above 0'),
                       ([str(tmp_path / 'nothing')], 'no runs there'), (['gs:/x'], 'neither a local path nor a bucket')):
     with pytest.raises(UserError, match=words):
       watch.main(argv)

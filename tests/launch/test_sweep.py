@@ -634,6 +634,17 @@ def test_the_planner_compiles_with_the_flags_that_the_workers_have(monkeypatch):
   assert on_tpu.worker_flags() == {'LIBTPU_INIT_ARGS': '--xla_a=1 --xla_b'}
 
 
+@pytest.mark.parametrize('name, value, message', [
+  *(('TPU_DOLLARS_PER_HOUR', value, ': expected a number above 0') for value in ('$307', '-5', 'nan', 'inf', '0')),
+  *(('TPU_SLICES', value, ': expected a whole number above 0') for value in ('abc', '1.5', '0', '1e3')),
+  ('TPU_ENV', 'A="b', ' has a quote without an end: A="b')])
+def test_on_tpu_a_number_in_the_environment_that_is_none_is_named(monkeypatch, name, value, message):
+  monkeypatch.setenv(name, value)
+  with pytest.raises(ConfigError, match=re.escape(f'{name}{message}')):
+    on_tpu.worker_flags()
+    on_tpu.print_estimate(rich.console.Console(), [], 1, False)
+
+
 def engine_commands(tmp_path, template, *chips):
   points = expand(f'{CONFIG}:dir=/d,arms=1,seeds=1,probes=true', str(tmp_path / 'root'))
   run = engine.command(template, chips)

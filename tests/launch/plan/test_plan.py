@@ -65,6 +65,24 @@ def test_search_proposes_only_what_divides():
     mesh = dict(candidate.mesh)
     ways = mesh['data'] * mesh['fsdp'] * mesh['expert']
     assert ways == 256 and 4096 % (ways * candidate.microbatches) == 0 and 384 % mesh['expert'] == 0
+  assert {dict(candidate.mesh)['expert'] for candidate in found} >= {1, 2, 4, 8}  # 4 is what the config has
+
+
+def test_search_tries_the_sizes_of_the_config_s_own_mesh():
+  own = {'train.mesh.expert': '6', 'train.mesh.fsdp': '12', 'train.batch_size': '768'}
+  found = search.candidates(workload(load.load('configs/paper/moe_10b_a0p5b.py', own)), Topology('v5p-384'))
+  assert any(dict(candidate.mesh)['expert'] == 6 for candidate in found)
+  assert any(dict(candidate.mesh)['fsdp'] == 12 for candidate in found)
+
+
+@pytest.mark.parametrize('config, changed, message', [
+  ('configs/base.py', {'train.batch_size': '100', 'train.microbatches': '1'},
+   'the 100 rows of an update .train.batch_size. can\'t be divided evenly among 8 chips; 96 or 104 would do'),
+  ('configs/rl_smoke.py', {'rl.prompts_per_step': '3', 'rl.group_size': '2'},
+   'the 6 samples of an update .*; 8 would do')])
+def test_search_says_that_the_rows_can_not_be_divided(tmp_path, config, changed, message):
+  with pytest.raises(PlanError, match=message):
+    search.search(load.load(config, changed), Topology('v5e-8'), [], tmp_path, 1, print)
 
 
 def test_advice_when_it_does_not_fit():
@@ -146,6 +164,9 @@ def test_plans_of_the_rl_stage(tmp_path):
              + 8 * (8 + 4) / gradient.tokens * gradient.prediction.step_s[0])
   assert plans.describe_stage(work, topology, found, mean_answer=4)['seconds'][0] == pytest.approx(low)
   assert plans.describe_stage(work, topology)['seconds'] is None
+  assert plans.describe_stage(work, topology)['usd'] is None
+  stage = plans.describe_stage(work, topology, found, usd_per_chip_hour=1.5)
+  assert stage['usd'] == pytest.approx([s / 3600 * 4 * 1.5 for s in stage['seconds']])
 
 
 def test_search_tries_each_number_of_chips_that_can_share_the_sampler_s_weights(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from betarank import model
 from betarank.configs import load
-from betarank.configs.errors import ConfigError
+from betarank.configs.errors import ConfigError, UserError
 from betarank.launch import on_tpu
 from betarank.launch.plan import command, plans, predict, table
 from betarank.launch.plan.chips import Topology
@@ -110,9 +110,28 @@ def test_a_pattern_that_matches_no_row():
     table.choose('x')
 
 
+SMOKE = ['--config=configs/smoke.py', '--topology=v5e-4']
+
+
 @pytest.mark.parametrize('flags, message', [
   (['--table', '--config=configs/smoke.py'], "--config: can't be combined with --table"),
+  (['--table', '--slices=2'], "--slices: can't be combined with --table"),
+  (['--table', '--usd_per_chip_hour=1'], "--usd_per_chip_hour: can't be combined with --table"),
+  (['--table', '--mean_answer=9'], "--mean_answer: can't be combined with --table"),
+  (['--table', '--tries=3'], "--tries: can't be combined with --table"),
+  ([*SMOKE, '--tries=3'], '--tries: is for --search'),
+  ([*SMOKE, '--search', '--usd_per_chip_hour=1'], "--usd_per_chip_hour: can't be combined with --search"),
+  ([*SMOKE, '--search', '--tries=0'], "--tries: expected a whole number above 0, got '0'"),
+  ([*SMOKE, '--search', '--tries=-3'], '--tries: expected a whole number'),
+  ([*SMOKE, '--usd_per_chip_hour=-3'], "--usd_per_chip_hour: expected a number above 0, got '-3'"),
+  ([*SMOKE, '--usd_per_chip_hour=nan'], '--usd_per_chip_hour: expected a number'),
+  ([*SMOKE, '--usd_per_chip_hour=inf'], '--usd_per_chip_hour: expected a number'),
+  ([*SMOKE, '--slices=1000000000000'], '--slices: expected a whole number'),
+  ([*SMOKE, '--slices=1000000'], '--slices=1000000: must be from 1 to 999'),
+  (['--config=configs/rl_smoke.py', '--topology=v5e-1', '--mean_answer=99999'],
+   '--mean_answer=99999: no answer is longer than config.rl.max_new_tokens = 28'),
   (['--topology=v5e-4'], '--config is needed'), (['--config=configs/smoke.py'], '--topology is needed')])
-def test_flags_that_are_missing_or_in_excess(flags, message):
-  with pytest.raises(ConfigError, match=message):
+def test_flags_that_are_missing_in_excess_or_out_of_range(flags, message, monkeypatch):
+  monkeypatch.setattr(command, 'configure_libtpu', lambda *_: None)  # it changes the environment of this process
+  with pytest.raises(UserError, match=message):
     command.main(flags)
