@@ -17,6 +17,9 @@ from betarank.configs.renamed import RENAMED
 
 T = TypeVar('T')
 
+# Whole numbers are below 2**31, because sizes and counts become shapes, loops and int32; these may reach 2**63.
+_MAY_BE_LARGER = {'tokens', 'max_documents', 'document_bytes'}
+
 
 def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = '') -> T:
   """Returns an instance of the frozen dataclass `cls` with the values of a config section.
@@ -24,8 +27,9 @@ def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = ''
   path: the dotted key of the section, such as 'eval.sample', for error messages.
 
   Raises:
-    ConfigError: a key is unknown or missing, a value has the wrong type, or `cls` raises a ValueError. The message of
-      such a ValueError must begin with the name of the field, because `path` is put before it.
+    ConfigError: a key is unknown or missing, a value has the wrong type, a whole number is too large to be meant, or
+      `cls` raises a ValueError. The message of such a ValueError must begin with the name of the field, because `path`
+      is put before it.
   """
   prefix = f'{path}.' if path else ''
   _expect(isinstance(values, ConfigDict | Mapping), path, 'a section', values)
@@ -73,6 +77,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return float(value)
   if hint is int:
     _expect(isinstance(value, int) and not isinstance(value, bool), path, 'a whole number', value)
+    power = 63 if path.rpartition('.')[2] in _MAY_BE_LARGER else 31
+    _expect(abs(value) < 2**power, path, f'a whole number below 2**{power}', value)
   elif hint in (str, bool):
     _expect(isinstance(value, hint), path, 'text' if hint is str else 'true or false', value)
   return value

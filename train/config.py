@@ -18,6 +18,7 @@ from betarank.train.optimizer import OptimizerConfig
 
 INIT_WHAT = ('weights', 'all')
 SEEDS = 2**31
+MOST_STEPS = 10**8  # the learning rates of all steps are computed at the start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,9 @@ class RunConfig:
     if self.objective.top_k > self.model.vocab_size:
       raise ValueError(f'objective.top_k must be <= model.vocab_size = {self.model.vocab_size}, got '
                        f'{self.objective.top_k}')
+    if self.steps > MOST_STEPS:
+      raise ValueError(f'train.tokens must make at most {MOST_STEPS:,} steps of {self.tokens_per_step:,} tokens, got '
+                       f'{self.train.tokens}')
     check_warmup(self.optimizer, self.steps, f'the steps that train.tokens = {self.train.tokens} make')
 
   @property

@@ -83,6 +83,12 @@ def test_the_study_trains_once_what_two_of_its_arms_share():
     ({'data.sources.main.weight': '-1'}, 'config.data.sources.main.weight must be'),
     ({'model.heads': '3', 'model.kv_heads': '2'}, 'config.model.kv_heads must divide heads = 3'),
     ({'seed': '-1'}, 'config.seed must be from 0'),
+    ({'seed': '2147483648'}, 'config.seed: expected a whole number below 2**31'),
+    ({'model.layers': '1e21'}, 'config.model.layers: expected a whole number below 2**31, got 1000000000000000000000'),
+    ({'model.d_ff': '1e12'}, 'config.model.d_ff: expected a whole number below 2**31'),
+    ({'checkpoint.keep': '-1e30'}, 'config.checkpoint.keep: expected a whole number below 2**31'),
+    ({'train.tokens': '1e13'}, 'config.train.tokens must make at most 100,000,000 steps of 512 tokens'),
+    ({'train.tokens': '1e30'}, 'config.train.tokens: expected a whole number below 2**63'),
   ],
 )
 def test_values_out_of_range_are_named(override, message):
