@@ -20,6 +20,7 @@ FINEWEB = 'parquet:hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT'
 
 def get_config(arg=None):
   a = common.parse(arg, objective='ce', seed=0, text=FINEWEB)
+  common.check_choice('objective', a.objective, paper.OBJECTIVES)
   c = common.base()
   c.seed = a.seed
   c.model.update(vocab_size=32_768, layers=24, d_model=1024, d_ff=2816, heads=8, kv_heads=4, head_dim=128,

@@ -3,6 +3,7 @@
 configs/settings.py says what each setting means.
 """
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 from ml_collections import ConfigDict, FieldReference
@@ -60,3 +61,17 @@ def parse(arg: str | None, **defaults) -> SimpleNamespace:
       what = {float: 'a number', int: 'a whole number', bool: 'true or false'}.get(kind, 'a text')
       raise ConfigError(f'config argument {item!r}: expected {key}=VALUE, where VALUE is {what}') from None
   return SimpleNamespace(**values)
+
+
+def check_choice(name: str, value: str | int, known: Iterable[str | int]) -> None:
+  """Checks the value of a config's argument that has a few possible values.
+
+  name: the name of the argument, for the error message.
+
+  Raises:
+    ConfigError: the value isn't one of `known`.
+  """
+  names = [*map(str, known)]
+  if str(value) not in names:
+    raise ConfigError(f'config argument {name}={value}: must be one of {", ".join(names)}'
+                      f'{suggestion(str(value), names)}')

@@ -18,7 +18,10 @@ SAMPLE = {'eval.sample.problems': 128, 'eval.sample.samples': 64, 'eval.sample.m
 
 
 def parse(arg):
-  return common.parse(arg, stage='pretrain', objective='ce', seed=0, seeds=1, tokens=0)
+  a = common.parse(arg, stage='pretrain', objective='ce', seed=0, seeds=1, tokens=0)
+  common.check_choice('stage', a.stage, ('pretrain', 'rl'))
+  common.check_choice('objective', a.objective, paper.OBJECTIVES)
+  return a
 
 
 def get_config(arg=None):

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from ml_collections import ConfigDict
 
 from betarank.configs import common, paper
-from betarank.configs.errors import ConfigError, suggestion
 
 # Tokens: those of pre-training and mid-training together, 20 per parameter. A sixth is mid-training, as in the paper.
 SIZES = {
@@ -56,9 +55,7 @@ def parse(arg: str | None) -> SimpleNamespace:
   known = [('size', a.size, SIZES), ('stage', a.stage, paper.STAGES), ('objective', a.objective, paper.OBJECTIVES),
            ('level', a.level, LEVELS), *(('arms', name, ARMS) for name in a.arms.split('+'))]
   for name, value, values in known:
-    if value not in values:
-      raise ConfigError(f'config argument {name}={value}: must be one of {", ".join(map(str, values))}'
-                        f'{suggestion(str(value), list(map(str, values)))}')
+    common.check_choice(name, value, values)
   a.toy = a.size == 'toy'
   return a
 

@@ -9,7 +9,6 @@ be found. In such a place, the config has a usual value.
 from ml_collections import ConfigDict
 
 from betarank.configs import common
-from betarank.configs.errors import ConfigError, suggestion
 
 # Section 4 of the paper. It runs one seed of each, doesn't combine them, and uses only k = 100.
 OBJECTIVES = {
@@ -32,10 +31,8 @@ def parse(arg: str | None):
     ConfigError: a name or a value isn't one of these.
   """
   a = common.parse(arg, stage='pretrain', objective='ce', seed=0)
-  for name, known in (('stage', STAGES), ('objective', OBJECTIVES)):
-    value = getattr(a, name)
-    if value not in known:
-      raise ConfigError(f'config argument {name}={value}: must be one of {", ".join(known)}{suggestion(value, known)}')
+  common.check_choice('stage', a.stage, STAGES)
+  common.check_choice('objective', a.objective, OBJECTIVES)
   return a
 
 

@@ -6,7 +6,7 @@
 
 The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
 has the paper's values, and marks those that the paper leaves open. Pre-training on 256 v5e chips takes 33 to 40
-hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
+hours, as `betarank plan` predicts (docs/plans.md).
 
 In the paper, all five objectives reach 31 to 32 % on average over 19 benchmarks. They show no difference at this size.
 """

@@ -10,7 +10,7 @@ r"""Dense 4B (4.02B parameters, Qwen3-4B's shape): all three stages.
 
 The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
 has the paper's values, and marks those that the paper leaves open. Pre-training on 256 v5e chips takes 8.5 of 16.9 GB
-per chip and 121 to 147 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
+per chip and 121 to 147 hours, as `betarank plan` predicts (docs/plans.md).
 
 The paper's results in percent, averaged over 19 benchmarks (after RL: Avg@128, averaged over six math sets). Figures
 that aren't known are left out.

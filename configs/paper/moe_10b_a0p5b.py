@@ -11,7 +11,6 @@ r"""MoE 10B-A0.5B (9.53B parameters, 0.52B active without the embedding): all th
 The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
 has the paper's values, and marks those that the paper leaves open. Pre-training on v5p-256, which has 128 chips, takes
 17.5 of 102.8 GB per chip and 38 to 40 hours, as `betarank plan` predicted with libtpu 0.0.52.
-docs/plans.md has later figures, and other stages and pods.
 
 The paper's results in percent, averaged over 19 benchmarks (after RL: Avg@128, averaged over six math sets). Figures
 that aren't known are left out.

@@ -11,7 +11,6 @@ r"""MoE 20B-A1B (19.6B parameters, 0.95B active without the embedding): all thre
 The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
 has the paper's values, and marks those that the paper leaves open. Pre-training on v5p-256, which has 128 chips, takes
 23.2 of 102.8 GB per chip and 60 to 62 hours, as `betarank plan` predicted with libtpu 0.0.52.
-docs/plans.md has later figures, and other stages and pods.
 
 The paper's results in percent, averaged over 19 benchmarks (after RL: Avg@128, averaged over six math sets). Figures
 that aren't known are left out.

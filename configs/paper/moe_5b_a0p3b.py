@@ -7,7 +7,6 @@
 The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
 has the paper's values, and marks those that the paper leaves open. Pre-training on v5p-256, which has 128 chips, takes
 11.6 of 102.8 GB per chip and 23 to 24 hours, as `betarank plan` predicted with libtpu 0.0.52.
-docs/plans.md has later figures, and other stages and pods.
 
 The paper only pre-trains this size, and gives no figures for it. The later stages here are those of the other sizes.
 """

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from ml_collections import ConfigDict
 
 from betarank.configs import common, load, rl_smoke, smoke
-from betarank.configs.errors import ConfigError, suggestion
+from betarank.configs.errors import ConfigError
 
 SIZES = {  # size -> its stages; two of the paper's models were only pre-trained
   'smoke': ('pretrain', 'rl'),
@@ -29,8 +29,7 @@ def parse(arg: str | None, seeds: int) -> SimpleNamespace:
   seeds: the number of seeds if the argument has no seeds=N.
   """
   a = common.parse(arg, size='smoke', stage='pretrain', seeds=seeds, tokens=0)
-  if a.size not in SIZES:
-    raise ConfigError(f'config argument size={a.size}: must be one of {", ".join(SIZES)}{suggestion(a.size, SIZES)}')
+  common.check_choice('size', a.size, SIZES)
   if a.stage not in SIZES[a.size]:
     raise ConfigError(f'config argument stage={a.stage}: {a.size} has {", ".join(SIZES[a.size])}')
   return a

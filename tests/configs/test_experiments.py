@@ -66,6 +66,19 @@ def test_the_study_trains_once_what_two_of_its_arms_share():
     expand('configs/study.py:arms=paper+bet', 'root')
 
 
+@pytest.mark.parametrize('spec, message', [
+  ('small.py:stage=zz', 'stage=zz: must be one of pretrain, rl'),
+  ('small.py:objective=zz', 'objective=zz: must be one of ce, beta_low, beta_high, tail, head'),
+  ('small.py:objective=tial', 'objective=tial: must be .*; did you mean tail'),
+  ('small.py:stage=rl,objective=zz', 'objective=zz: must be one of ce'),
+  ('base.py:objective=zz', 'objective=zz: must be one of ce'),
+  ('study.py:level=7', 'level=7: must be one of 0, 1, 2, 3'),
+  ('sweeps/beta.py:size=smok', 'size=smok: must be .*; did you mean smoke')])
+def test_an_argument_that_is_none_of_the_choices_is_named(spec, message):
+  with pytest.raises(errors.ConfigError, match=f'config argument {message}'):
+    load.load(f'configs/{spec}')
+
+
 @pytest.mark.parametrize(
   'override, message',
   [
