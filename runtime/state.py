@@ -1,6 +1,7 @@
 """Defines the training state (step, parameters, optimizer state), and creates it sharded over the mesh."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -44,6 +45,14 @@ def abstract_state(c: model.ModelConfig, tx: optax.GradientTransformation, mesh:
     params=jax.tree.map(place, shapes, param_shardings),
     opt_state=jax.tree_util.tree_map_with_path(place_moment, jax.eval_shape(tx.init, shapes)),
   )
+
+
+def shard_bytes(tree: Any) -> int:
+  """Returns the bytes that a tree of arrays takes on one device.
+
+  tree: abstract arrays with shardings.
+  """
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def create_state(

@@ -111,6 +111,8 @@ MISTAKES = [
   ('train --config=tests/tiny.py:dir={data} --workdir={new} --config.model.attention=hopper', 'GPU'),
   ('train --config=tests/tiny.py:dir={data} --workdir={new} --config.model.attention=flash', 'attention'),
   ('train --config=tests/tiny.py:dir={data} --workdir={new} --config.train.mesh.fsdp=3', 'mesh'),
+  ('train --config=tests/tiny.py:dir={data} --workdir={new} --config.model.d_ff=2e9',
+   'config.model: parameters and optimizer state take 4,608.'),
   ('train --config=tests/tiny.py:dir={nothing} --workdir={new}', 'betarank data prepare'),
   ('train --config=tests/tiny.py:dir={data} --workdir={new} --processes=2', '--coordinator'),
   ('train --config=tests/tiny.py:dir={data} --workdir={new} --process_id=1', '--coordinator'),

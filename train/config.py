@@ -85,6 +85,9 @@ class RunConfig:
     if self.objective.top_k > self.model.vocab_size:
       raise ValueError(f'objective.top_k must be <= model.vocab_size = {self.model.vocab_size}, got '
                        f'{self.objective.top_k}')
+    if self.tokens_per_step >= 2**31:
+      raise ValueError(f'train.batch_size must make fewer than 2**31 tokens per step, with rows of '
+                       f'{self.sequence_length:,} tokens, got {self.rows}')
     if self.steps > MOST_STEPS:
       raise ValueError(f'train.tokens must make at most {MOST_STEPS:,} steps of {self.tokens_per_step:,} tokens, got '
                        f'{self.train.tokens}')

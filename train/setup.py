@@ -8,6 +8,7 @@ the seed determines.
 import contextlib
 import importlib.util
 import json
+import os
 import shlex
 import sys
 import threading
@@ -29,7 +30,7 @@ from betarank.configs.terminal import duration, waiting
 from betarank.runtime import checkpoint, workdir
 from betarank.runtime.metrics import Log
 from betarank.runtime.program_cache import keep_programs
-from betarank.runtime.state import TrainState, abstract_state, create_state
+from betarank.runtime.state import TrainState, abstract_state, create_state, shard_bytes
 
 BATCH_AXES = ('data', 'fsdp', 'expert')  # mesh axes that split rows
 SAVE_DEADLINE_S = 1800  # how long a failed run waits for a save in progress; that of a large model takes minutes
@@ -245,8 +246,10 @@ def begin(
 
   Raises:
     CheckpointError: the checkpoint is missing or damaged, or the shapes of its arrays differ from the model's.
+    ConfigError: the state is larger than the memory.
   """
   target = abstract_state(c, tx, mesh)
+  _check_memory(target, mesh)
   if checkpoints.latest is not None:
     with waiting(f'restoring step {checkpoints.latest}'):
       state, meta = checkpoints.restore(target)
@@ -261,6 +264,22 @@ def begin(
   with waiting(f'restoring the weights of {source}'):
     params, meta = checkpoint.restore_weights(source, target.params)
   return Beginning(create_state(c, tx, mesh, seed, params), 0, None, str(source), _inherited(meta))
+
+
+def _check_memory(state: TrainState, mesh: Mesh) -> None:
+  """Raises ConfigError if the state alone is larger than the memory, in which a run on a CPU would hang or be killed.
+
+  state: a state of abstract arrays with shardings on `mesh`.
+  """
+  device, needed = mesh.local_devices[0], shard_bytes(state)
+  if device.platform == 'cpu':
+    needed *= len(mesh.local_devices)
+    room, where = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'), 'this machine'
+  else:
+    room, where = (device.memory_stats() or {}).get('bytes_limit', needed), f'each {device.device_kind}'
+  if needed > room:
+    raise ConfigError(f'config.model: parameters and optimizer state take {needed / 1e9:,.1f} GB, and {where} has '
+                      f'{room / 1e9:,.1f} GB')
 
 
 def check_same_function(c: model.ModelConfig, trained: Mapping[str, Any], fields: tuple[str, ...]) -> None:

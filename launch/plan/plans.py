@@ -16,6 +16,7 @@ from betarank.launch.plan.chips import Topology
 from betarank.launch.plan.predict import Prediction, memory_bytes, predict
 from betarank.launch.plan.workload import Workload
 from betarank.model.sharding import MESH_AXES
+from betarank.runtime.state import shard_bytes
 
 GB = 1e9
 
@@ -72,8 +73,8 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
       program=name, topology=topology.name + (f' x {topology.slices}' if topology.slices > 1 else ''),
       chips=topology.chips, mesh={axis: size for axis, size in on.shape.items() if size > 1},
       microbatches=-(-work.rows * work.length // microbatch), remat_policy=work.run.model.remat_policy, fits=False,
-      problem='', hbm_bytes=topology.chip.hbm_bytes, params_bytes=programs.shard_bytes(state.params),
-      optimizer_bytes=programs.shard_bytes(state.opt_state), temp_bytes=0, peak_bytes=0, compile_s=0.0,
+      problem='', hbm_bytes=topology.chip.hbm_bytes, params_bytes=shard_bytes(state.params),
+      optimizer_bytes=shard_bytes(state.opt_state), temp_bytes=0, peak_bytes=0, compile_s=0.0,
       prediction=None, mfu=(0.0, 0.0), tokens=_tokens(name, work, microbatch))
     say(f'compiling {name} for {plan.topology}, {topology.chips} chips, '
         f'mesh {" x ".join(f"{axis} {n}" for axis, n in plan.mesh.items()) or "of one device"} ...')

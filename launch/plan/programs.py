@@ -126,11 +126,3 @@ def _with_mesh(mesh: Mesh, lower: Lower) -> Lower:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return lower()
   return run
-
-
-def shard_bytes(tree: Any) -> int:
-  """Returns the bytes that a tree of arrays takes on one device.
-
-  tree: abstract arrays with shardings.
-  """
-  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -100,6 +100,7 @@ def test_an_argument_that_is_none_of_the_choices_is_named(spec, message):
     ({'model.layers': '1e21'}, 'config.model.layers: expected a whole number below 2**31, got 1000000000000000000000'),
     ({'model.d_ff': '1e12'}, 'config.model.d_ff: expected a whole number below 2**31'),
     ({'checkpoint.keep': '-1e30'}, 'config.checkpoint.keep: expected a whole number below 2**31'),
+    ({'train.batch_size': '1e8'}, 'config.train.batch_size must make fewer than 2**31 tokens per step'),
     ({'train.tokens': '1e13'}, 'config.train.tokens must make at most 100,000,000 steps of 512 tokens'),
     ({'train.tokens': '1e30'}, 'config.train.tokens: expected a whole number below 2**63'),
   ],

@@ -14,7 +14,7 @@ from betarank.configs import load
 from betarank.launch.plan import programs
 from betarank.launch.plan.workload import workload
 from betarank.runtime.checkpoint import CheckpointConfig, Checkpoints
-from betarank.runtime.state import abstract_state, create_state
+from betarank.runtime.state import abstract_state, create_state, shard_bytes
 from betarank.train import loop
 from betarank.train.optimizer import MUON_RMS, make_optimizer
 from tests import parameters
@@ -81,7 +81,7 @@ def test_its_momentum_is_sharded_as_the_parameters_and_the_planner_counts_it():
   for name in ('adamw', 'muon'):
     work = workload(load.load('configs/smoke.py', {'optimizer.name': name}))
     state, _ = programs.lowerings(work, programs.make_mesh(work, jax.devices()[:1]))
-    bytes_of[name] = programs.shard_bytes(state.opt_state)
+    bytes_of[name] = shard_bytes(state.opt_state)
   size = {True: 0, False: 0}
   for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
     size['norm' in jax.tree_util.keystr(path) or 'embed' in jax.tree_util.keystr(path)] += 4 * leaf.size

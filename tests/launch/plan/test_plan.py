@@ -14,6 +14,7 @@ from betarank.configs import errors, load
 from betarank.launch.plan import chips, plans, predict, programs, search
 from betarank.launch.plan.chips import PlanError, Topology
 from betarank.launch.plan.workload import workload
+from betarank.runtime.state import shard_bytes
 from tests.runs import BETARANK
 
 
@@ -123,7 +124,7 @@ def test_bfloat16_moments_take_a_quarter_off_the_optimizer():
   for dtype in ('float32', 'bfloat16'):
     work = workload(load.load('configs/smoke.py', {'optimizer.moment_dtype': dtype}))
     state, _ = programs.lowerings(work, programs.make_mesh(work, jax.devices()[:1]))
-    sizes[dtype] = programs.shard_bytes(state.opt_state)
+    sizes[dtype] = shard_bytes(state.opt_state)
   assert sizes['bfloat16'] / sizes['float32'] == pytest.approx(0.75, abs=1e-4)
   with pytest.raises(errors.ConfigError, match='moment_dtype must be one of float32, bfloat16'):
     workload(load.load('configs/smoke.py', {'optimizer.moment_dtype': 'float16'}))
