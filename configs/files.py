@@ -24,7 +24,7 @@ def write_atomically(path: str | os.PathLike, content: str | bytes | memoryview)
   """
   content = content.encode() if isinstance(content, str) else content
   if '://' in str(path):
-    epath.Path(path).write_bytes(content)
+    epath.Path(path).write_bytes(bytes(content))
     return
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)

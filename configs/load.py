@@ -102,19 +102,31 @@ def read(spec: str) -> ConfigDict:
 
 
 def _finish(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
-  apply(config, overrides)
-  return config.lock()
-
-
-def apply(config: ConfigDict, overrides: Mapping[str, str]) -> None:
-  """Applies overrides to a config in place, and replaces `~` at the start of its paths by the home folder.
-
-  Raises:
-    ConfigError: an override can't be applied, or a path looks like a misspelt bucket.
-  """
   for key, value in overrides.items():
     override(config, key, value)
   _check_places(config)
+  return config.lock()
+
+
+def apply_paths(config: ConfigDict, overrides: Mapping[str, str], keys: Sequence[str]) -> None:
+  """Applies the overrides of some paths to a config in place, before the other overrides are read.
+
+  Replaces `~` at the start of these paths by the home folder.
+
+  keys: the dotted keys of the paths.
+
+  Raises:
+    ConfigError: an override can't be applied, or one of these paths looks like a misspelt bucket.
+  """
+  for key in keys:
+    if key in overrides:
+      override(config, key, overrides[key])
+    *sections, name = key.split('.')
+    section = config
+    for part in sections:
+      section = section.get(part, {})
+    if name in section:
+      _check_place(section, name, f'config.{key}')
 
 
 def _check_places(config: ConfigDict, prefix: str = 'config.') -> None:
@@ -129,10 +141,14 @@ def _check_places(config: ConfigDict, prefix: str = 'config.') -> None:
     if isinstance(value, ConfigDict):
       _check_places(value, f'{prefix}{name}.')
     elif isinstance(value, str):
-      if problem := not_a_place(value):
-        raise ConfigError(f'{prefix}{name}: {problem}')
-      if at_home(value) != value:
-        config[name] = at_home(value)
+      _check_place(config, name, f'{prefix}{name}')
+
+
+def _check_place(section: ConfigDict, name: str, key: str) -> None:
+  if problem := not_a_place(section[name]):
+    raise ConfigError(f'{key}: {problem}')
+  if at_home(section[name]) != section[name]:
+    section[name] = at_home(section[name])
 
 
 def module(spec: str) -> tuple[types.ModuleType, str]:

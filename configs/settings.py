@@ -229,9 +229,9 @@ RL_SECTION = dict(
   minibatches=S(1, IDENTITY, 'updates per step; 1 is on-policy. The paper leaves it open'),
   microbatch_tokens=S(0, EXECUTION, 'tokens of an update that a device computes at the same time; 0: 4096. At '
                       'least those of the longest prompt and answer'),
-  eval_prompts=S(64, IDENTITY, 'problems per evaluation, which are left out of training'),
+  eval_prompts=S(64, REPORTING, 'problems per evaluation'),
   eval_samples=S(16, REPORTING, 'samples per problem of an evaluation'),
-  eval_tasks=S({}, IDENTITY, 'more problems to evaluate on, name -> uri (in the form of rl.task.uri), such as '
+  eval_tasks=S({}, REPORTING, 'more problems to evaluate on, name -> uri (in the form of rl.task.uri), such as '
                '{"aime24": "jsonl:aime24.jsonl"}; the first eval_prompts of each, which are left out of training'),
   keep_best=S('', REPORTING, 'held_out, or a name of eval_tasks: the checkpoint with the highest avg_at_N on it is '
               'kept, however old; empty: none'),

@@ -237,4 +237,9 @@ def held_out(question: str, fraction: float) -> bool:
 
   fraction: the share of all questions that are held out. A larger fraction holds out the same questions and more.
   """
-  return question_hash(question) < fraction * 2**64
+  return hash_held_out(question_hash(question), fraction)
+
+
+def hash_held_out(number: int, fraction: float) -> bool:
+  """Returns what `held_out` returns, for the question with this `question_hash`."""
+  return number < fraction * 2**64

@@ -113,7 +113,12 @@ class Sweep:
     # Points whose result couldn't be read: (first try, next try), in monotonic seconds.
     self._unread: dict[str, tuple[float, float]] = {}
     self._record = self._read()
-    self.slices: list[dict[str, str]] = self._record.setdefault('slices', [])
+    if 'slices' not in self._record:  # it is new, or from before 2026-11-28, when only slots were recorded
+      slots = {status.slot for point in points if point.stage != 'data' for status in [self.status[point.name]]}
+      slots |= {point['status']['slot'] for point in self._record['points'].values()
+                if point['stage'] != 'data' and 'status' in point}
+      self._record['slices'] = [slice_of(slot) for slot in sorted(slots - {-1})] if slice_of else []
+    self.slices: list[dict[str, str]] = self._record['slices']
     self.others: list[dict[str, str]] = []
     self._deletes: list[tuple[dict[str, str], subprocess.Popen]] = []  # one for each slice at most
     self.stopping = False
@@ -500,6 +505,8 @@ def main(argv: Sequence[str]) -> None:
     raise ConfigError(f'--root={args.root}: a bucket needs gcsfs ({install_hint(root)})')
   check_workdirs(points)
   for point in points:
+    if point.finished():
+      continue
     # What is wrong with a command is said now, because an error when its stage starts would stop all other runs.
     if not shutil.which(program := command(point, 0)[0]):
       raise ConfigError(f'--on={args.on}: {program} is not installed on this machine')

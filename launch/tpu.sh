@@ -130,6 +130,7 @@ check_numbers() {
   [[ $poll =~ $number ]] || die "TPU_POLL must be a number of seconds, got '$poll'"
   [ -z "${TPU_MAX_DOLLARS:-}" ] || need TPU_DOLLARS_PER_HOUR
 }
+
 # What would fail only once there is a slice, which costs money by then.
 check_machine() {
   check_checkout

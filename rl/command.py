@@ -51,7 +51,7 @@ def _configure(args: argparse.Namespace, overrides: dict[str, str]) -> ConfigDic
   config = load.read_stage(args.config or 'configs/rl.py', 'rl')
   if not args.config:
     del config.model  # that of the checkpoint is added below
-  load.apply(config, {key: value for key, value in overrides.items() if key == 'train.init_from'})
+  load.apply_paths(config, overrides, ['train.init_from'])
   source = config.get('train', {}).get('init_from')
   if not source:
     return config

@@ -106,7 +106,9 @@ class TaskSet:
       raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {split!r}')
     self.config, self.seed, self.split, self._exclude = config, seed, split, exclude
     self.left_out: list[LeftOut] = []
-    self.records, self.sha256, self.kept_sha256 = 0, '', _digest(sorted(exclude))
+    self.records, self.sha256 = 0, ''
+    # Only questions that would be in this split count: evaluating on more held-out problems changes nothing here.
+    self.kept_sha256 = _digest(sorted(number for number in exclude if self._in_split(number)))
     kind, _, rest = config.uri.partition(':')
     if kind == 'reasoning':
       self.size, self._source = None, _Generated(rest, 'rl/held_out' if split == 'held_out' else f'rl/{seed}')
@@ -163,9 +165,12 @@ class TaskSet:
     return int(packing.permute(np.array([place]), self.size, f'tasks/{self.seed}/{epoch}')[0])
 
   def _belongs(self, question: str) -> bool:
-    held_out = reasoning.held_out(question, self.config.held_out_fraction)
-    return question_hash(question) not in self._exclude and (
-      self.split == 'all' or held_out == (self.split == 'held_out'))
+    number = question_hash(question)
+    return number not in self._exclude and self._in_split(number)
+
+  def _in_split(self, number: int) -> bool:
+    held_out = reasoning.hash_held_out(number, self.config.held_out_fraction)
+    return self.split == 'all' or held_out == (self.split == 'held_out')
 
   def _generate(self, index: int) -> Task:
     for attempt in range(self._tries):  # each index has its own candidates, so it doesn't depend on other indices

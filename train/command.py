@@ -37,7 +37,7 @@ def _configure(args: argparse.Namespace, overrides: Mapping[str, str]) -> Config
   from the checkpoint, unless the config names a tokenizer or the data folder has one.
   """
   config = load.read_stage(args.config, 'train')
-  load.apply(config, {key: overrides[key] for key in _DECIDE if key in overrides})
+  load.apply_paths(config, overrides, _DECIDE)
   source = config.get('train', {}).get('init_from')
   if source:
     with importing('starting JAX'):

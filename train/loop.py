@@ -154,7 +154,9 @@ def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None
     raise ConfigError(f'config.train.tokens: {run.train.tokens} make {run.steps} steps, but {what} has reached step '
                       f'{reached}; {way} {reached * run.tokens_per_step} tokens')
   planned = planned_steps(meta['config'])
-  decays = decay_start(run.optimizer, planned)
+  schedule_before = {key: meta['config'].get('optimizer', {}).get(key, getattr(run.optimizer, key))
+                     for key in ('warmup_steps', 'decay_fraction')}
+  decays = decay_start(dataclasses.replace(run.optimizer, **schedule_before), planned)
   if run.steps > planned and reached > decays:
     kept = [step for step in steps if step <= decays]
     way = (f'start from the checkpoint before the decay in another workdir: --config.train.init_from='

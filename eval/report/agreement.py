@@ -122,8 +122,11 @@ def _of_data(run: Run, other: Run) -> list[str]:
   if mine.tokenizer and theirs.tokenizer and mine.tokenizer != theirs.tokenizer:
     return [f'another tokenizer ({mine.tokenizer[:_SHOWN]} against {theirs.tokenizer[:_SHOWN]})']
   if run.is_rl:  # its settings determine the problems, unless they come from files
-    known = bool(mine.problems and theirs.problems) and mine.problems != theirs.problems
-    return [f'other problems ({mine.problems[:_SHOWN]} against {theirs.problems[:_SHOWN]})'] if known else []
+    for name, a, b in (('other problems', mine.problems, theirs.problems),
+                       ('other problems left to training by the evaluations', mine.kept, theirs.kept)):
+      if a and b and a != b:
+        return [f'{name} ({a[:_SHOWN]} against {b[:_SHOWN]})']
+    return []
   if not mine.sources or not theirs.sources:
     return ['data identity not recorded (no checkpoint)']
   if mine.sources.keys() != theirs.sources.keys():

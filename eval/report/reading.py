@@ -217,7 +217,8 @@ def _identity(meta: Mapping[str, Any]) -> DataIdentity:
                   if isinstance(source, dict) and 'fingerprint' in source}
   rows = [number(source.get('rows')) for source in sources.values() if isinstance(source, dict)]
   return DataIdentity(str(meta.get('tokenizer_sha256') or ''), fingerprints, sum(rows) if rows else math.nan,
-                      number(setting(meta, 'cursor.prompts')), str(setting(meta, 'cursor.problems') or ''))
+                      number(setting(meta, 'cursor.prompts')), str(setting(meta, 'cursor.problems') or ''),
+                      str(setting(meta, 'cursor.kept') or ''))
 
 
 def _read_start(run: Run, sweep: Sweep) -> None:

@@ -54,6 +54,7 @@ class DataIdentity:
     rows: the number of rows of data.sequence_length tokens read so far; NaN if not recorded.
     prompts: the number of prompts that RL has used or skipped; NaN for pre-training.
     problems: SHA-256 of RL's problems; '' if their number is unlimited, or if not recorded.
+    kept: SHA-256 that says which problems evaluations leave to RL; '' if not recorded.
   """
 
   tokenizer: str = ''
@@ -61,6 +62,7 @@ class DataIdentity:
   rows: float = math.nan
   prompts: float = math.nan
   problems: str = ''
+  kept: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

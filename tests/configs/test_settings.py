@@ -68,7 +68,7 @@ def test_a_key_that_is_no_setting_has_no_role():
   (common.rl_base, 'rl.microbatch_tokens', 4, True), (common.rl_base, 'rl.decode_batch_size', 32, True),
   (common.rl_base, 'rl.steps', 2000, True), (common.rl_base, 'rl.verifier.workers', 8, True),
   (common.rl_base, 'rl.eval_samples', 8, True), (common.rl_base, 'rl.group_size', 8, False),
-  (common.rl_base, 'rl.eval_prompts', 8, False), (common.rl_base, 'rl.eval_tasks', {'aime': 'jsonl:x'}, False),
+  (common.rl_base, 'rl.eval_prompts', 8, True), (common.rl_base, 'rl.eval_tasks', {'aime': 'jsonl:x'}, True),
   (common.rl_base, 'rl.loss.eps_high', 0.3, False), (common.base, 'model.offload_activations', True, True),
   (common.base, 'model.moe.kernel', 'ragged', True), (common.base, 'model.remat_policy', 'full', True),
   (common.base, 'train.tokens', 1, True), (common.base, 'data.sources.main.weight', 2.0, True),

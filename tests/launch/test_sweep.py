@@ -494,6 +494,20 @@ def test_slices_of_all_launches_are_deleted(tmp_path, monkeypatch, stub, capsys,
   assert json.loads((tmp_path / 'root' / 'sweep.json').read_text())['slices'] == []
 
 
+def test_the_slices_of_a_record_from_before_slices_were_recorded_are_deleted(tmp_path, stub):
+  create(0), create(1)
+  made = scripted(tmp_path, {'a/train': WAIT, 'b/train': WAIT}, 2)
+  stop_once(made, lambda: all((tmp_path / 'root' / name / 'started').exists() for name in made.status))
+  path = tmp_path / 'root' / 'sweep.json'
+  record = json.loads(path.read_text())
+  del record['slices']
+  for point in record['points'].values():
+    del point['status']['slice']
+  path.write_text(json.dumps(record))
+  sweep_module.run(scripted(tmp_path, {'b/train': FINISH}), CONSOLE, [], on_tpu.clean_up)
+  assert not slices(stub)
+
+
 def test_the_slice_of_a_point_that_still_runs_and_is_not_selected_is_kept(tmp_path, stub, capsys):
   """An earlier launcher was killed, so its command continues on the first slice."""
   create(0), create(1)
@@ -689,3 +703,10 @@ def test_a_command_of_a_later_stage_is_refused_before_anything_starts(tmp_path, 
                        f'--on={template}', '--chips=train=4'])
   assert str(error.value) == f'--on={template}: {message}'
   assert not (tmp_path / 'root').exists()
+
+
+def test_a_finished_point_needs_no_command(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(Point, 'finished', lambda self: True)
+  sweep_module.main([f'--config={CONFIG}:dir={tmp_path}/d,arms=1,seeds=1', f'--root={tmp_path}/root',
+                     '--on=true {chips} {command}', '--chips=rl=4'])
+  assert capsys.readouterr().out.endswith(f'try: betarank report {tmp_path}/root\n')

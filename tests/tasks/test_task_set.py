@@ -188,6 +188,9 @@ def test_what_is_kept_has_a_hash(jsonl):
     same, fewer = TaskSet(c, exclude=exclude), TaskSet(c)
     assert same.kept_sha256 == TaskSet(c, exclude=exclude).kept_sha256 != fewer.kept_sha256
     assert same.sha256 == fewer.sha256
+  c = TaskConfig('reasoning:chain_sum', held_out_fraction=0.1)
+  some, more = (TaskSet(c, exclude=hashes(TaskSet(c, split='held_out'), n)) for n in (4, 64))
+  assert some.kept_sha256 == more.kept_sha256 and [some[i] for i in range(64)] == [more[i] for i in range(64)]
 
 
 @pytest.mark.parametrize('uri', [

@@ -125,6 +125,14 @@ def test_a_new_run_that_takes_all_of_a_checkpoint_does_not_raise_its_decayed_rat
   checked(new, 20 * 512, before=12 * 256, parent=parent.parent / '8', step=8, batch_size=16)
 
 
+def test_the_decay_of_the_checkpoint_counts_and_not_that_of_the_new_run(parent, tmp_path):
+  new, constant = epath.Path(tmp_path / 'new'), {'optimizer': {'warmup_steps': 2, 'decay_fraction': 0.0}}
+  checked(new, 20 * 256, before=12 * 256, parent=parent, step=12, config=constant)
+  with pytest.raises(ConfigError, match='has been lowering its learning rate since step 9'):
+    checked(new, 20 * 256, before=12 * 256, parent=parent, step=12, decay_fraction='0.0', config={
+      'optimizer': {'warmup_steps': 2, 'decay_fraction': 0.25}})
+
+
 def test_what_rl_has_saved_is_not_continued_by_pre_training(parent, tmp_path):
   with pytest.raises(ConfigError, match='init_what=all continues a run of betarank train, but .*12 is of betarank rl'):
     checked(epath.Path(tmp_path / 'new'), 20 * 256, before=12 * 256, parent=parent, step=12, config={'rl': {}})

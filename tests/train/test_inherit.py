@@ -86,3 +86,17 @@ def test_rl_starts_from_a_run_in_the_home_folder(resolved, tmp_path):
   args = flags.parse_args([f'--workdir={tmp_path}/rl'])
   args.source, args.task, args.config = None, None, 'tests/tiny_rl.py'
   assert rl_command._configure(args, {'train.init_from': '~/parent'}).train.init_from == f'{tmp_path}/parent'
+
+
+def test_a_path_that_an_override_corrects_is_read_with_the_override(tmp_path):
+  """The config's own value used to be checked too early, when it was decided what the run inherits."""
+  config = load.load('tests/tiny.py:dir=/d')
+  with config.unlocked():
+    config.data.cache_dir = 'gs:/typo'
+  path = tmp_path / 'config.json'
+  path.write_text(load.to_json(config))
+  read = lambda *more: load.from_command_line(
+    Parser('p', ''), [f'--config={path}', *more], configure=command._configure)
+  with pytest.raises(ConfigError, match='config.data.cache_dir: '):
+    read()
+  assert read('--config.data.cache_dir=gs://right')[0].data.cache_dir == 'gs://right'

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from betarank.eval.report import arms, comparisons, curves, sections, words
+from betarank.eval.report import agreement, arms, comparisons, curves, sections, words
 from tests.eval import sweep
 
 AFTER = 'pre-training → RL'
@@ -223,6 +223,21 @@ def test_only_samples_drawn_alike_are_averaged(tmp_path):
       assert c.value.mean == 0.0 and c.value.seeds == 1
       assert c.remark.startswith('some seeds are not in the mean: sampled with other temperature')
   assert [line.seeds for line in curves.pass_curve(found, 'pre-training', 'amc23')] == [1]
+
+
+def test_runs_whose_evaluations_leave_other_problems_to_training_are_not_compared(tmp_path):
+  for name, beta, kept in (('ce', 0.0, 'c' * 64), ('low', -0.25, 'd' * 64), ('high', 0.5, None)):
+    sweep.run(tmp_path / 'pre' / name, objective={'beta': beta}, seed=0, steps=20, entropy=1.0)
+    rl = tmp_path / 'rl' / name
+    sweep.run(rl, objective={}, seed=0, steps=5, entropy=1.0, init_from=tmp_path / 'pre' / name / 'checkpoints' / '20')
+    (path,) = rl.glob('checkpoints/5/meta/metadata')
+    meta = json.loads(path.read_text())
+    meta['cursor'] |= {'kept': kept} if kept else {}
+    path.write_text(json.dumps(meta))
+  found = {run.path.name: run for run in arms.read_sweep(tmp_path).runs if run.is_rl}
+  differing = lambda name: agreement.disagreements(found['ce'], found[name])
+  assert differing('low') == ['other problems left to training by the evaluations (cccccccccccc against dddddddddddd)']
+  assert differing('high') == []  # from before this was recorded
 
 
 def test_validations_on_other_tokens_are_not_compared(tmp_path):
