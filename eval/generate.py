@@ -114,7 +114,10 @@ def _check_held_out(c: SampleConfig, ref: CheckpointRef, names: Sequence[str]) -
   c: the settings, whose held_out_fraction selects generated problems. Benchmarks from files don't depend on it.
   names: the benchmarks.
   """
-  kept = ref.meta['config'].get('rl', {}).get('task', {}).get('held_out_fraction', 1.0)
+  task = ref.meta['config'].get('rl', {}).get('task', {})
+  if not task.get('uri', '').startswith('reasoning:'):
+    return  # no RL, or RL on files
+  kept = task.get('held_out_fraction', 1.0)
   made = [name for name in names if name.startswith('reasoning:')]
   if made and c.held_out_fraction > kept:
     raise ConfigError(f'--benchmark={made[0]}: {ref.run} held out {kept:g} of its RL, so it may have been trained on '

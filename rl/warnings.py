@@ -25,7 +25,7 @@ def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
   if (shares := recent('train/truncated_share', TRUNCATED_STEPS)) and min(shares) > 0.95:
     found['truncated'] = (f'over 95 % of answers were cut off for {TRUNCATED_STEPS} steps: config.rl.max_new_tokens '
                           'is too small, or the model does not end its answers')
-  if len(rates := recent('train/pass_rate', FLAT_STEPS)) > 1:  # a step without a decided answer has none
+  if len(rates := recent('train/pass_rate', FLAT_STEPS)) >= FLAT_STEPS / 2:  # steps without decided answers have none
     half = len(rates) // 2
     if abs(_mean(rates[half:]) - _mean(rates[:half])) < 0.005:
       found['flat'] = f'the pass rate has not moved for {FLAT_STEPS} steps ({_mean(rates):.3f})'

@@ -88,11 +88,14 @@ def _balanced(text: str, start: int, limit: int) -> tuple[str, int] | None:
 
 
 def _up_to_next_question(text: str, task: Question) -> str:
-  """Returns the part of `text` before the first line that begins like the prompt's question, such as 'Question:'."""
+  """Returns the part of `text` before the first line that begins like the prompt's question, such as 'Question:'.
+
+  Returns the whole text if that beginning has no letter, such as '1)' or '*', with which steps of a solution begin too.
+  """
   if not task.question:
     return text
   opening = task.prompt[: max(task.prompt.rfind(task.question), 0)].rsplit('\n', 1)[-1].strip()
-  return text.partition(f'\n{opening}')[0] if opening else text
+  return text.partition(f'\n{opening}')[0] if any(map(str.isalpha, opening)) else text
 
 
 def _program(text: str, entry: str) -> str:

@@ -226,7 +226,8 @@ class TaskSet:
       reference, why = next(iter(unknown.items()))
       first, *others = [where for task, where in kept if task.verifier == 'math' and task.reference in unknown]
       raise DataError(f"{first}: can't find out whether its answer {reference!r} can be read ({why})" + (
-        f', nor that of {", ".join(others[:5])}' if others else '') + '; remove the record, or try again')
+        f', nor that of {", ".join(others[:5])}' if others else '') + (
+          '; try again, or remove the record (a run that has begun with it then needs another workdir)'))
     readable = []
     for task, where in kept:
       if task.verifier == 'math' and task.reference in whys:

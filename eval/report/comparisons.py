@@ -47,7 +47,7 @@ class Comparison:
     difference: the mean difference, arm minus baseline, on the same seeds and problems, with its interval; None if
       unknown.
     p_holm: the p-value of the difference after Holm's correction; NaN if there is no difference, or only one seed, or
-      the same difference in all seeds.
+      the same difference other than zero in all seeds.
     remark: why there is no difference, why it or the value is based on fewer seeds than there are, or that one
       seed, or several without spread, give no verdict; '' if there is nothing to remark.
     by_seed: {seed: mean of the metric over problems}, of the seeds in `value`.
@@ -77,8 +77,8 @@ class Comparison:
     """'beyond' if the difference is larger than noise (p_holm <= ALPHA), 'within' if it isn't; '' if there is no
     verdict.
 
-    There is no verdict if `difference` is None, or if it comes from a single seed or is the same in all seeds.
-    `difference` is None if the arm is its own baseline, or if no runs could be compared.
+    There is no verdict if `difference` is None, or if it comes from a single seed or has the same value other than zero
+    in all seeds. `difference` is None if the arm is its own baseline, or if no runs could be compared.
     """
     if self.difference is None or math.isnan(self.p_holm):
       return ''

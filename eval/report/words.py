@@ -28,7 +28,8 @@ GAIN_NOTE = 'After RL, and beneath it the difference Δ to the checkpoint that R
 CLAIMS_NOTE = ('The claims of arXiv 2512.22955, with the tests of docs/study.md. Effects are paired by seed, and for '
                'samples by problem; p-values are corrected for all tests of a claim that decide. It holds if all tests '
                'with a verdict say yes, and fails if one says no, or if all effects are too small to matter. '
-               '"Detectable" is the effect that would be found four times in five, before correction.')
+               '"Detectable" is the effect that would be found about four times in five (a little less often with '
+               'few seeds), before correction.')
 HARNESS_NOTE = ('Scores of lm-evaluation-harness: mean over seeds with Student\'s 95 % interval; beneath it the '
                 'difference Δ to the baseline, seed by seed.')
 
@@ -38,11 +39,13 @@ HOW_TO_READ = join([tag('p', line) for line in (
   'One seed gives no verdict. An interval of a single seed holds the noise of problems only: another seed, or another '
   'order of floating-point additions, can turn the sign around.',
   'Intervals over problems are studentised bootstrap intervals, for shares on the arcsine scale; several seeds add '
-  'Student\'s t, so that two or three seeds give wide intervals. The p-value belongs to the interval. Seeds '
-  'that all have exactly the same value don\'t show how much seeds differ, and have neither.',
+  'Student\'s t, so that two or three seeds give wide intervals. The p-value belongs to the interval. A '
+  'figure with one value per run that is exactly the same in all seeds doesn\'t show how much seeds differ, and has '
+  'neither, except that a difference of zero in all seeds has p = 1.',
   '▲ and ▼ mark a difference beyond noise: its p-value, after Holm\'s correction over all arms and subjects of '
   'that stage and metric, is at most 0.05. "Within noise" means that no difference was shown, not that there is none; '
-  'the smallest difference that would have been detected four times in five is in tables/*.csv (smallest_detectable).',
+  'the smallest difference that would have been detected about four times in five (a little less often with few seeds) '
+  'is in tables/*.csv (smallest_detectable).',
   'Avg@n is the share of right samples. Cons@n asks whether the most frequent answer is right; ties count with their '
   'expectation. Pass@k is the chance that k samples hold a right one, unbiased from all n. A sample that the verifier '
   'could not decide is left out of all of them; a sample without an answer is wrong and has no vote.',
@@ -235,8 +238,8 @@ def _detectable(comparisons: Sequence[Comparison]) -> str:
   smallest = sorted(x for c in comparisons if math.isfinite(x := c.difference.smallest_detectable))
   if not smallest:
     return ''
-  return (f'; differences of about {100 * smallest[len(smallest) // 2]:.1f} points would have been detected (80 % '
-          'power, before correction)')
+  return (f'; differences of about {100 * smallest[len(smallest) // 2]:.1f} points would have been detected (about '
+          '80 % power, a little less with few seeds; before correction)')
 
 
 def _and(parts: Sequence[str]) -> str:

@@ -286,13 +286,15 @@ def test_made_up_problems_are_ones_that_rl_never_sees(run_dir):
 def test_only_made_up_problems_need_what_rl_held_out(run_dir, tmp_path):
   """RL on files holds nothing out by default. Such a run can still be loaded, and asked problems from files."""
   [subject] = settings.find_checkpoints(str(run_dir))
-  subject = dataclasses.replace(subject, meta={**subject.meta, 'config': {**subject.meta['config'], 'rl': {
-    'task': {'held_out_fraction': 0.01}}}})
-  config = settings.configure(subject)
+  after_rl = lambda uri, share: dataclasses.replace(subject, meta={**subject.meta, 'config': {
+    **subject.meta['config'], 'rl': {'task': {'uri': uri, 'held_out_fraction': share}}}})
+  of_files, made_up = after_rl('jsonl:problems.jsonl', 0.0), after_rl('reasoning:chain_sum', 0.01)
+  config = settings.configure(made_up)
   config.eval.sample.data_dir = str(tmp_path)
   run = settings.eval_run(config, subject)  # all commands call it: generate, explore, eval probe, ...
   with pytest.raises(settings.UserError, match='--benchmark=reasoning:.*: .* held out 0.01 of its RL, .*'
                      'held_out_fraction must be at most that, got 0.02$'):
-    generate.sample(run, [subject], f'gsm8k,{URI}')
-  with pytest.raises(settings.UserError, match='gsm8k_test.jsonl: no such file'):
-    generate.sample(run, [subject], 'gsm8k')
+    generate.sample(run, [made_up], f'gsm8k,{URI}')
+  for of, names in ((made_up, 'gsm8k'), (of_files, f'gsm8k,{URI}')):
+    with pytest.raises(settings.UserError, match='gsm8k_test.jsonl: no such file'):
+      generate.sample(run, [of], names)

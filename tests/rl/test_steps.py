@@ -256,9 +256,10 @@ def test_a_step_without_a_decided_answer_has_no_pass_rate(parts):
   figures = figures_of(p, [], list(map(undecided, seen)), progress)
   assert figures['train/undecided'] == 2 * len(seen) and 'train/pass_rate' not in figures
   assert loop.describe_figures({**figures, 'time/tokens_per_s': 1.0})[0] == 'undecided'
-  for rates in ([], [0.5], [0.5, 0.9]):
+  for rates in ([], [0.5], [0.5, 0.9], [0.5, 0.5], [0.5] * 49):
     known = [{**figures, 'train/pass_rate': rate} for rate in rates]
     assert 'flat' not in warnings([figures] * (100 - len(rates)) + known)
+  assert 'flat' in warnings([figures, {**figures, 'train/pass_rate': 0.5}] * 50)  # half of the steps are known
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path):

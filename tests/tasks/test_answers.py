@@ -70,6 +70,14 @@ def test_an_answer_on_a_line_to_a_question_of_the_models_own_does_not_count():
   assert final_answer(f'\nAnswer: 1 2\n3 4{own}', dataclasses.replace(task, answer_lines=0)) == '1 2\n3 4'
 
 
+@pytest.mark.parametrize('opening', ['*', '1)', '###'])
+def test_a_list_is_no_question_of_the_models_own(opening):
+  task = dataclasses.replace(LINE, question='What is 2+2?', prompt=f'{opening} What is 2+2?')
+  steps = f'\n{opening} add\n{opening} 2 and 2'
+  assert final_answer(f'{steps}\nAnswer: 4', task) == '4'
+  assert final_answer(f'{steps}\n\\boxed{{4}}', dataclasses.replace(task, answer_format='boxed')) == '4'
+
+
 def test_programs():
   whole = dataclasses.replace(LINE, answer_format='code')
   assert final_answer('x = 1\n[DONE]\nprint(x)', whole) == 'x = 1'

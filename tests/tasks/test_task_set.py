@@ -106,7 +106,7 @@ def test_no_deadline_and_no_lost_worker_decides_which_problems_there_are(jsonl, 
   integral = r'\int_0^1 x^2 \sin(x) dx'
   uri = jsonl(*({'question': f'q {answer}', 'answer': answer} for answer in ('1', integral, r'\sum_{i} i', integral)))
   with pytest.raises(DataError, match=r"tasks\.jsonl:2: can't find out whether its answer .* can be read \(.*\), nor "
-                                      r'that of .*tasks\.jsonl:4; remove the record, or try again'):
+                                      r'that of .*tasks\.jsonl:4; try again, or remove the record .*another workdir'):
     TaskSet(TaskConfig(uri), split='all')
 
 
