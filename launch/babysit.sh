@@ -137,6 +137,7 @@ used() { # hours READY, and their price if it is known
 
 # On SIGTERM, and with --delete on SIGHUP (a closed terminal).
 asked_to_stop() {
+  trap '' HUP TERM # a second signal would end the wait for the run, before it has saved
   say 'asked to stop: the run saves and stops'
   end_call
   # A slice that was there already, and wasn't looked at yet, may run another command. Such a slice isn't deleted.
@@ -148,7 +149,8 @@ asked_to_stop() {
 # Runs when babysit ends for any reason: deletes the slice with --delete, and says what is still billed.
 leave() {
   local code=$? state deleted=''
-  trap - EXIT INT TERM HUP
+  trap - EXIT INT TERM
+  trap '' HUP # a closed terminal doesn't end the deletion
   call_limit=600
   if [ -n "$created" ] && [ -n "$delete_after" ] && [ "$(slice_state)" != NONE ]; then
     for _ in 1 2 3; do
@@ -261,10 +263,16 @@ babysit() {
         ;;
       FAILED*)
         worker_sh log 20 || true
-        [ "$run" != 'FAILED 2' ] || die 'the run refused its settings (exit 2), so it is not started again' 2
+        if [ "$run" = 'FAILED 2' ]; then
+          stop_run || true # its processes on other workers
+          die 'the run refused its settings (exit 2), so it is not started again' 2
+        fi
         [ $((SECONDS - began)) -lt 1800 ] || crashes=0
         crashes=$((crashes + 1))
-        [ "$crashes" -le 3 ] || die "the run failed $crashes times in a row (${run#FAILED })" 5
+        if [ "$crashes" -gt 3 ]; then
+          stop_run || true
+          die "the run failed $crashes times in a row (${run#FAILED })" 5
+        fi
         say "the run failed (${run#FAILED }); next try in $pause s"
         back_off
         began=$SECONDS

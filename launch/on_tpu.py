@@ -72,10 +72,14 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
 def slice_of(slot: int) -> dict[str, str]:
   """Returns the environment variables with which launch/tpu.sh finds slice number `slot`, as {name: value}.
 
-  A sweep records them, so that a later launch with other settings can still delete the slice.
+  A sweep records them, so that a later launch with other settings can still delete the slice. Settings that mean the
+  same give the same values: TPU_SLICES is 1 by default, and more than one slice is always queued.
   """
-  return {'TPU_NAME': f'{os.environ.get("TPU_NAME", "NAME")}-{slot}',
-          **{name: os.environ.get(name, '') for name in ('TPU_PROJECT', 'TPU_ZONE', 'TPU_QUEUED', 'TPU_SLICES')}}
+  get = os.environ.get
+  slices = get('TPU_SLICES') or '1'
+  return {'TPU_NAME': f'{get("TPU_NAME", "NAME")}-{slot}', 'TPU_PROJECT': get('TPU_PROJECT', ''),
+          'TPU_ZONE': get('TPU_ZONE', ''), 'TPU_QUEUED': '1' if get('TPU_QUEUED') or slices != '1' else '',
+          'TPU_SLICES': slices}
 
 
 def clean_up(console: Console, slices: Sequence[dict[str, str]], others: Sequence[dict[str, str]],

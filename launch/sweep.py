@@ -114,10 +114,18 @@ class Sweep:
     self._unread: dict[str, tuple[float, float]] = {}
     self._record = self._read()
     if 'slices' not in self._record:  # it is new, or from before 2026-11-28, when only slots were recorded
-      slots = {status.slot for point in points if point.stage != 'data' for status in [self.status[point.name]]}
-      slots |= {point['status']['slot'] for point in self._record['points'].values()
-                if point['stage'] != 'data' and 'status' in point}
-      self._record['slices'] = [slice_of(slot) for slot in sorted(slots - {-1})] if slice_of else []
+      slots = set()
+      for point in points:
+        status = self.status[point.name]
+        if slice_of and point.stage != 'data' and status.slot >= 0:
+          slots.add(status.slot)
+          status.slice = slice_of(status.slot)
+      for point in self._record['points'].values():  # those that aren't selected still have their recorded states
+        status = point.get('status', {})
+        if slice_of and point['stage'] != 'data' and status.get('slot', -1) >= 0:
+          slots.add(status['slot'])
+          status['slice'] = slice_of(status['slot'])
+      self._record['slices'] = [slice_of(slot) for slot in sorted(slots)]
     self.slices: list[dict[str, str]] = self._record['slices']
     self.others: list[dict[str, str]] = []
     self._deletes: list[tuple[dict[str, str], subprocess.Popen]] = []  # one for each slice at most
@@ -264,10 +272,13 @@ class Sweep:
     # largest set of points that could run at the same time.
     needed = {name for point in remaining for name in point.needs}
     most = min(self.parallel, sum(point.name not in needed for point in remaining))
-    used = [status.slice for name in self._processes if (status := self.status[name]).slice]
-    taken = {self.status[name].slot for name in self._processes} | {status['slot'] for status in self._unselected()}
-    free = sorted(set(range(most + len(taken))) - taken)  # as _begin will choose
-    used += [self._slice_of(slot) for slot in free[:max(0, most - len(used))]] + self.held()
+    running = [self.status[name] for name in self._processes]
+    used = [status.slice for status in running if status.slice]
+    taken = {status.slot for status in running if status.slice} | {status['slot'] for status in self._unselected()}
+    # As _begin will choose: other slots now than once the points that prepare data, and have no slice, have ended.
+    data = sum(not status.slice for status in running)
+    free = sorted(set(range(most + len(taken) + data)) - taken)
+    used += [self._slice_of(slot) for slot in free[:max(0, most - len(used)) + data]] + self.held()
     return [item for item in self.slices if item not in used]
 
   def held(self) -> list[dict[str, str]]:
@@ -531,7 +542,8 @@ def main(argv: Sequence[str]) -> None:
             os.dup2(nowhere.fileno(), terminal)
       if len(signals) == 1:
         print('stopping: runs save after their step; Ctrl-C again ends them at once', file=sys.stderr, flush=True)
-      sweep.stop(hard=len(signals) > 1)
+      # A closed terminal may send SIGHUP twice: a shell passes it on, and the kernel sends it when the shell ends.
+      sweep.stop(hard=len(signals) > 1 and signum != signal.SIGHUP)
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
       if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # ignored under nohup

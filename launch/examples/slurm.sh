@@ -20,7 +20,7 @@ if [ "$1" = --inside ]; then # in the job
   exec srun --kill-on-bad-exit=0 bash -c "exec $command"
 fi
 
-name=$1 command=$2 asked='' signalled='' waiting=''
+name=$1 command=$2 asked='' cancelled='' signalled='' waiting=''
 read -ra options <<<"${SLURM_OPTIONS:-}"
 output=$(mktemp -d)
 trap 'rm -rf "$output"' EXIT
@@ -34,7 +34,10 @@ stop() {
   while kill -0 "$waiting" 2>/dev/null; do
     id=$(cut -d';' -f1 "$output/job") # a federation prints ID;CLUSTER
     if [ -n "$id" ]; then
-      scancel --state=PENDING "$id" || true
+      if squeue --noheader --states=PENDING --jobs="$id" --format=%i | grep . >/dev/null; then
+        cancelled=yes
+        scancel --state=PENDING "$id" || true
+      fi
       if squeue --noheader --steps --jobs="$id" --format=%i | grep -x " *$id\.0" >/dev/null &&
         scancel --signal=TERM "$id"; then
         signalled=yes
@@ -57,7 +60,7 @@ while true; do
     [ -n "$interrupted" ] || break # otherwise a signal ended the wait, not the job
   done
   # sbatch ends with 0 if its job was cancelled before it ran.
-  if [ "$code" = 0 ] && [ -n "$asked" ] && [ -z "$signalled" ]; then code=143; fi
+  if [ "$code" = 0 ] && [ -n "$cancelled" ] && [ -z "$signalled" ]; then code=143; fi
   # 143: asked to stop and saved. If this script has not asked, it was the time limit.
   [ "$code" = 143 ] && [ -z "$asked" ] || exit "$code"
 done

@@ -116,7 +116,7 @@ def test_a_jobset_that_lives_on_is_not_created_again_and_a_stop_deletes_it(jobse
 WAITING_JOB = {
   'sbatch': 'touch "$HERE/called"; sleep 1; echo "7;here"; until [ -f "$HERE/cancelled" ]; do sleep 0.1; done',
   'scancel': 'echo "$*" >>"$HERE/asked"; [[ "$*" != "--state=PENDING 7" ]] || touch "$HERE/cancelled"',
-  'squeue': ''}
+  'squeue': '[ -f "$HERE/cancelled" ] || [[ "$*" != *--states=PENDING* ]] || echo 7'}
 
 
 def test_slurm_cancels_a_job_that_waits(tmp_path):

@@ -494,6 +494,18 @@ def test_slices_of_all_launches_are_deleted(tmp_path, monkeypatch, stub, capsys,
   assert json.loads((tmp_path / 'root' / 'sweep.json').read_text())['slices'] == []
 
 
+def test_settings_that_mean_the_same_name_the_same_slice(monkeypatch):
+  for name in ('TPU_SLICES', 'TPU_QUEUED'):
+    monkeypatch.delenv(name, raising=False)
+  plain = on_tpu.slice_of(0)
+  monkeypatch.setenv('TPU_SLICES', '1')
+  assert on_tpu.slice_of(0) == plain
+  monkeypatch.setenv('TPU_SLICES', '2')
+  several = on_tpu.slice_of(0)
+  monkeypatch.setenv('TPU_QUEUED', 'yes')
+  assert on_tpu.slice_of(0) == several != plain
+
+
 def test_the_slices_of_a_record_from_before_slices_were_recorded_are_deleted(tmp_path, stub):
   create(0), create(1)
   made = scripted(tmp_path, {'a/train': WAIT, 'b/train': WAIT}, 2)
@@ -598,6 +610,9 @@ def test_a_signal_stops_runs_and_only_a_closed_terminal_deletes_slices(tmp_path,
     while not (tmp_path / 'root' / 'a' / 'train' / 'started').exists():
       time.sleep(0.05)
     os.kill(os.getpid(), signum)
+    if signum == signal.SIGHUP:  # a shell passes it on, and the kernel sends it again when the shell ends
+      time.sleep(0.05)
+      os.kill(os.getpid(), signum)
 
   threading.Thread(target=send, daemon=True).start()
   try:
@@ -639,7 +654,7 @@ def test_an_error_of_the_launcher_leaves_no_run_and_no_slice(tmp_path, stub, mon
     assert not (stub / 'nodes' / 'pod-0').exists() and last.startswith('no slice of this sweep is left')
   else:
     assert last.startswith(
-      'STILL BILLED until deleted: pod-0. To delete: TPU_NAME=pod-0 TPU_PROJECT=p TPU_ZONE=z bash ')
+      'STILL BILLED until deleted: pod-0. To delete: TPU_NAME=pod-0 TPU_PROJECT=p TPU_ZONE=z TPU_SLICES=1 bash ')
   assert sum('delete' in call for call in calls(stub)) == 1 + min(fails_to_delete, 2)
 
 
