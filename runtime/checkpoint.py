@@ -304,11 +304,8 @@ def steps(folder: epath.Path) -> list[int]:
 
 
 def _is_committed(path: epath.Path) -> bool:
-  """Returns True if the checkpoint at `path` is complete. On a disk, only a complete one has this name.
-
-  In a bucket, Orbax marks a complete one. One that was copied there from a disk has no mark, but a manifest.
-  """
-  return '://' not in str(path) or (path / COMMITTED).exists() or (path / integrity.NAME).exists()
+  """Returns True if Orbax has completed the checkpoint at `path`. On a disk, only a complete one has this name."""
+  return '://' not in str(path) or (path / COMMITTED).exists()
 
 
 def find(path: str) -> epath.Path:

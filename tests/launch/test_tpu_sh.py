@@ -406,7 +406,8 @@ def test_a_closed_terminal_leaves_no_slice_that_is_to_be_deleted(cloud, flags, c
   process = subprocess.Popen(
     ['setsid', '--ctty', 'bash', cloud.tree / 'launch' / 'tpu.sh', '--yes', *flags,
      'babysit', 'run', 'python', '-c', RUN, 'wait'],
-    env=cloud.environment(), stdin=terminal, stdout=terminal, stderr=terminal)
+    env=cloud.environment(), stdin=terminal, stdout=terminal, stderr=terminal,
+    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # these tests may run under nohup
   os.close(terminal)
   cloud.wait_for(cloud.home() / 'waiting')
   os.close(master)
