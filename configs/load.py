@@ -125,7 +125,7 @@ def apply_paths(config: ConfigDict, overrides: Mapping[str, str], keys: Sequence
     section = config
     for part in sections:
       section = section.get(part, {})
-    if name in section:
+    if isinstance(section.get(name), str):
       _check_place(section, name, f'config.{key}')
 
 

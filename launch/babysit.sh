@@ -149,8 +149,8 @@ asked_to_stop() {
 # Runs when babysit ends for any reason: deletes the slice with --delete, and says what is still billed.
 leave() {
   local code=$? state deleted=''
-  trap - EXIT INT TERM
-  trap '' HUP # a closed terminal doesn't end the deletion
+  trap - EXIT INT
+  trap '' HUP TERM # neither ends the deletion
   call_limit=600
   if [ -n "$created" ] && [ -n "$delete_after" ] && [ "$(slice_state)" != NONE ]; then
     for _ in 1 2 3; do
@@ -264,7 +264,7 @@ babysit() {
       FAILED*)
         worker_sh log 20 || true
         if [ "$run" = 'FAILED 2' ]; then
-          stop_run || true # its processes on other workers
+          stop_run || true # ends its processes on other workers
           die 'the run refused its settings (exit 2), so it is not started again' 2
         fi
         [ $((SECONDS - began)) -lt 1800 ] || crashes=0

@@ -38,7 +38,8 @@ def final_answer(text: str, task: Question) -> str | None:
   code: from the beginning of the text to the end of the function or to [DONE].
 
   Except in the format 'code', a new question that the model asks itself is ignored with all text after it, because a
-  model that doesn't stop continues with questions and answers of its own. White space around the answer is removed.
+  model that doesn't stop continues with questions and answers of its own. (Such a question is recognized if the prompt
+  has a letter before the question, in the same line.) White space around the answer is removed.
   """
   if task.answer_format == 'code':
     return _program(text, task.entry)

@@ -82,7 +82,8 @@ class TaskSet:
     records: size plus the number of records in left_out; 0 if the source is unlimited.
     sha256: SHA-256 of all questions and references, in the order of the source; '' if the source is unlimited.
     kept_sha256: SHA-256 of the questions and references of this set's own tasks, in order. If the source is unlimited,
-      it is that of the hashes in `exclude`, which then decide, with the config and the seed, which tasks there are.
+      it is that of the hashes in `exclude` that would be in this split. With the config and the seed, they decide which
+      tasks there are.
   """
 
   def __init__(

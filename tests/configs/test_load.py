@@ -8,6 +8,7 @@ import os
 import subprocess
 
 import pytest
+from ml_collections import ConfigDict
 
 from betarank.configs import common, load
 from betarank.configs.errors import ConfigError
@@ -150,3 +151,9 @@ def test_a_reader_that_goes_away_ends_a_command_silently():
   done = subprocess.run([*BETARANK, '--help'], stdout=writer, stderr=subprocess.PIPE, text=True)
   os.close(writer)
   assert (done.returncode, done.stderr) == (141, '')
+
+
+def test_a_path_that_is_no_text_is_left_to_its_check():
+  config = ConfigDict({'train': {'init_from': None}})
+  load.apply_paths(config, {}, ['train.init_from', 'data.dir'])
+  assert config.to_dict() == {'train': {'init_from': None}}

@@ -615,10 +615,12 @@ def test_a_signal_stops_runs_and_only_a_closed_terminal_deletes_slices(tmp_path,
       time.sleep(0.05)
       os.kill(os.getpid(), signum)
 
-  threading.Thread(target=send, daemon=True).start()
+  sender = threading.Thread(target=send, daemon=True)
+  sender.start()
   try:
     with pytest.raises(SystemExit) as ended:
       sweep_module.main(['--config=x.py', '--on=tpu', '--root=gs://b/x'])
+    sender.join()
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
