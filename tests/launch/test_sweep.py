@@ -602,7 +602,6 @@ def test_a_signal_stops_runs_and_only_a_closed_terminal_deletes_slices(tmp_path,
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sweep_module, 'expand', lambda *_: made.points)
   monkeypatch.setattr(sweep_module, 'local_files', lambda _: [])
-  monkeypatch.setattr(sweep_module.importlib.util, 'find_spec', lambda _: True)
   monkeypatch.setattr(on_tpu, 'command', lambda _: lambda point, _: ['bash', '-c', *point.arguments])
   before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
   signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
