@@ -84,7 +84,7 @@ def _rename(stage: epath.Path, final: epath.Path) -> None:
     if stage.exists():  # otherwise an earlier run has renamed it already
       stage.replace(final)
       return
-  except FileNotFoundError:  # a bucket got the last request of a run that was killed
+  except FileNotFoundError:  # it has just been renamed, by another process or the last request of one that was killed
     pass
   if not final.exists():
     raise DataError(f'{stage}: vanished; delete {final.parent} and prepare again')

@@ -114,18 +114,12 @@ class Sweep:
     self._unread: dict[str, tuple[float, float]] = {}
     self._record = self._read()
     if 'slices' not in self._record:  # it is new, or from before 2026-11-28, when only slots were recorded
-      slots = set()
-      for point in points:
-        status = self.status[point.name]
-        if slice_of and point.stage != 'data' and status.slot >= 0:
-          slots.add(status.slot)
-          status.slice = slice_of(status.slot)
-      for point in self._record['points'].values():  # those that aren't selected still have their recorded states
-        status = point.get('status', {})
-        if slice_of and point['stage'] != 'data' and status.get('slot', -1) >= 0:
-          slots.add(status['slot'])
-          status['slice'] = slice_of(status['slot'])
-      self._record['slices'] = [slice_of(slot) for slot in sorted(slots)]
+      states = [(point.stage, vars(self.status[point.name])) for point in points]
+      states += [(point['stage'], point['status']) for point in self._record['points'].values() if 'status' in point]
+      used = [state for stage, state in states if slice_of and stage != 'data' and state['slot'] >= 0]
+      for state in used:
+        state['slice'] = slice_of(state['slot'])
+      self._record['slices'] = [slice_of(slot) for slot in sorted({state['slot'] for state in used})]
     self.slices: list[dict[str, str]] = self._record['slices']
     self.others: list[dict[str, str]] = []
     self._deletes: list[tuple[dict[str, str], subprocess.Popen]] = []  # one for each slice at most
