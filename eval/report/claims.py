@@ -204,9 +204,29 @@ def claims(
   arm = _arms(sweep)
   if not arm:
     return []
-  first = sweep.stages[0]
   before, after = stages_around_rl(sweep)
-  here = [c for c in distributions if c.stage == first and _domain(c) in _texts(sweep, first)]
+  stages = sweep.stages[0], before, after
+  runs = [run for run in sweep.of(after) if run.arm in (arm[LOW], arm[TAIL], arm[HIGH])] if arm[HIGH] else []
+  against = dataclasses.replace(sweep, runs=runs, baselines=dict.fromkeys(arm.values(), arm[HIGH]))
+  return judged(arm, stages, {stage: _texts(sweep, stage) for stage in stages}, distributions, dynamics, sampled,
+                benchmarks(against, k), k)
+
+
+def judged(
+  arm: dict[str, str], stages: tuple[str, str, str], texts: dict[str, set[str]], distributions: Sequence[Comparison],
+  dynamics: Sequence[Comparison], sampled: Sequence[Comparison], against_high: Sequence[Comparison], k: int,
+) -> list[Claim]:
+  """Returns the paper's claims with their tests, from comparisons.
+
+  arm: {objective: name of its arm}, for PLAIN, LOW, HIGH and TAIL; '' if there is none.
+  stages: the first stage, the last one before RL, and RL.
+  texts: {stage: the names of the data sources that claims about text are judged on}.
+  distributions, dynamics, sampled: as for `claims`.
+  against_high: comparisons of benchmarks after RL whose baseline is the arm of HIGH.
+  k: the k of Pass@k.
+  """
+  first, before, after = stages
+  here = [c for c in distributions if c.stage == first and _domain(c) in texts[first]]
   find = lambda found, name, metric: [c for c in found if c.arm == arm[name] and c.metric == metric]
 
   def ratio(name: str, metric: str, judge: Judge) -> list[Test]:
@@ -231,11 +251,11 @@ def claims(
           [*change(TAIL, 'tail_mass', here, shown, ''), *change(TAIL, 'head_mass', here, shown, '')]),
     Claim('c', 'Early in RL, β = 0.5 loses entropy and length faster', [
       *change(HIGH, 'entropy_nats', early, below, 'nats'), *change(HIGH, 'length_tokens', early, below, 'tokens')]),
-    _better_after_rl(sweep, arm, after, sampled, k),
+    _better_after_rl(arm, [c for c in (*sampled, *against_high) if c.stage == after], k),
     Claim('e', 'The order of the arms before RL predicts their order after it', [
       _order(f'Pass@{k} before RL', [c for c in sampled if (c.stage, c.metric) == (before, f'pass_at_{k}')], scores),
       _order('entropy before RL', [c for c in distributions if (c.stage, c.metric) == (before, 'entropy_nats')
-                                   and _domain(c) in _texts(sweep, before)], scores)]),
+                                   and _domain(c) in texts[before]], scores)]),
   ]
 
 
@@ -275,18 +295,16 @@ def _test(what: str, unit: str, factor: float, by_seed: dict[Any, float], judge:
   return Test(what, unit, factor, effect, noise(np.array(values)[:, None]) if values else None, judge)
 
 
-def _better_after_rl(sweep: Sweep, arm: dict[str, str], stage: str, sampled: Sequence[Comparison], k: int) -> Claim:
+def _better_after_rl(arm: dict[str, str], after_rl: Sequence[Comparison], k: int) -> Claim:
   """Returns claim (d) of docs/study.md: after RL, the models with the objectives LOW and TAIL answer better than those
   with plain cross-entropy and those with HIGH.
 
   The claim is decided by the differences of Avg@n. The differences of Cons@n and Pass@k are only shown.
 
   arm: {objective: name of its arm}.
-  sampled: the result of comparisons.benchmarks.
+  after_rl: comparisons of benchmarks with plain cross-entropy and with HIGH.
   """
-  runs = [run for run in sweep.of(stage) if run.arm in (arm[LOW], arm[TAIL], arm[HIGH])] if arm[HIGH] else []
-  against = dataclasses.replace(sweep, runs=runs, baselines=dict.fromkeys(arm.values(), arm[HIGH]))
-  found = {(c.metric, c.arm, c.baseline): c for c in (*sampled, *benchmarks(against, k)) if c.stage == stage}
+  found = {(c.metric, c.arm, c.baseline): c for c in after_rl}
   tests: dict[bool, list[Test]] = {True: [], False: []}
   for metric, name, other in itertools.product(('avg_at_n', 'cons_at_n', f'pass_at_{k}'), (LOW, TAIL), (PLAIN, HIGH)):
     c = found.get((metric, arm[name], arm[other]))
