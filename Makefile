@@ -79,7 +79,7 @@ test: .venv/installed
 	$(PY) -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-all: .venv/installed
-	TEST_OPTIMIZED=1 $(PY) -m pytest -n 2 --dist loadfile
+	TEST_OPTIMIZED=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	.venv/bin/ruff check .

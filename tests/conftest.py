@@ -42,6 +42,14 @@ if os.environ.get('TEST_ON') != 'gpu':  # benchmarks/gpu.py: the numeric tests o
   os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
 
 
+# Files that take minutes. pytest-xdist gives whole files to its workers; if one of these came last, it would run alone.
+LONGEST = ('test_faults.py', 'test_processes.py', 'test_determinism.py', 'test_gcloud.py')
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope='module', autouse=True)
 def release_programs():
   """Frees the compiled programs of a module at its end. A worker would need 4 GB if it kept those of all modules."""
