@@ -1,5 +1,5 @@
 # make smoke | test | test-all | lint      Each creates .venv first, if there is none, and installs into it with pip.
-# make lock                               Writes launch/lock anew.
+# make lock                               Recreates launch/lock.
 PYTHON ?= python3
 PY := .venv/bin/python
 BETARANK := .venv/bin/betarank
@@ -20,7 +20,7 @@ SAMPLE := --benchmark='reasoning:chain_sum?max_terms=3&max_digits=1' --config.ev
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-# One thread for each of the two runs that go on at the same time: a model of this size gains nothing from a second, and
+# One thread for each of the two runs, which run at the same time: a model of this size gains nothing from a second, and
 # the figures don't depend on the number of cores.
 smoke: export NPROC = 1
 smoke: export JAX_PLATFORMS = cpu
@@ -33,7 +33,7 @@ smoke: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0.2
 smoke: .venv/installed
 	@rm -rf $(SMOKE)/beta=* $(SMOKE)/rl $(SMOKE)/compiled
 	$(BETARANK) data prepare --config='$(CONFIG)' $(ARGS)
-	@echo 'Both runs go on at the same time. This one is beta=0; the output of the other is in $(SMOKE)/beta=-0.25.log.'
+	@echo 'Both runs train at the same time. This one is beta=0; the output of the other is in $(SMOKE)/beta=-0.25.log.'
 	@$(MAKE) --no-print-directory -j2 arm.0 arm.-0.25
 ifeq ($(SOURCE),reasoning)
 	@echo

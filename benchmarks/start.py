@@ -1,7 +1,7 @@
 """Measures where the wall time of whole commands goes, from the shell to the exit, with an empty and a warm
 compilation cache.
 
-    python -m benchmarks.start                                      # 64M parameters, 20M tokens: for one GPU
+    python -m benchmarks.start                                      # 62M parameters, 20M tokens: for one GPU
     python -m benchmarks.start --config=configs/smoke.py --rl_config=configs/rl_smoke.py --tokens=1e5 \
         --commands=train,rl,probe,sample                            # on a CPU
 

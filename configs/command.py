@@ -15,13 +15,20 @@ from betarank.configs.parser import Parser
 
 def main(argv: Sequence[str]) -> None:
   parser = Parser('betarank config', __doc__)
-  parser.add_argument('file', nargs='?', default='', metavar='FILE[:ARG]')
+  parser.add_argument('file', nargs='?', default='', metavar='FILE[:ARG]', help='the config to print')
   parser.add_argument('--list', action='store_true', help='list the configs that ship')
-  configure = lambda args, overrides: load.read(args.config or args.file) if not args.list else common.base()
-  if '--list' not in argv and not any(not a.startswith('-') for a in argv) and not {'-h', '--help'} & set(argv):
-    raise ConfigError('betarank config: name a config, or --list those that ship')
+
+  def configure(args, _):
+    if args.list:
+      return common.base()
+    if not args.file and not args.config:
+      raise ConfigError('betarank config: name a config, or --list those that ship')
+    if args.file and args.config:
+      raise ConfigError(f'betarank config: {args.file} and --config={args.config}: name one of them')
+    return load.read(args.file or args.config)
+
   config, args = load.from_command_line(
-    parser, argv, settings=settings.PRETRAIN, configure=configure, needs_config=False)
+    parser, argv, settings=settings.STAGES, configure=configure, needs_config=False)
   if args.list:
     print(_listing())
     return

@@ -110,6 +110,14 @@ def above_zero(kind: type[float]) -> Callable[[str], float]:
   return read
 
 
+def line_ends(text: str) -> str:
+  r"""Returns `text` with \n replaced by a line end, and \\ by one backslash. Use it as the `type` of a flag with text.
+
+  So \\n stands for a backslash and an n, as in the LaTeX of \\neq. Other backslashes are kept.
+  """
+  return re.sub(r'\\([n\\])', lambda found: '\n' if found[1] == 'n' else '\\', text)
+
+
 def place(text: str) -> str:
   """Returns the path of a file or folder that a flag names. Use this function as the `type` of a flag.
 

@@ -317,7 +317,8 @@ EVAL = dict(
   code=CODE_JAIL,
 )
 
-_ALL = {**PRETRAIN, 'rl': RL_SECTION, 'eval': EVAL}
+STAGES = {**PRETRAIN, 'rl': RL_SECTION}  # of pre-training and RL together
+_ALL = {**STAGES, 'eval': EVAL}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Setting]:

@@ -1,4 +1,4 @@
-"""Small: the paper's five objectives with RL at 64M parameters; 11 minutes on one H100.
+"""Small: the paper's five objectives with RL at 62M parameters; 11 minutes on one H100.
 
     betarank sweep --config=configs/small.py --root=runs/small --parallel=5     # five arms share one GPU
     betarank train --config=configs/small.py:objective=beta_low --workdir=runs/mine

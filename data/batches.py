@@ -208,11 +208,11 @@ def _check_cursor(cursor: Mapping[str, Any], expected: Mapping[str, Any],
   for key in ('version', 'seed', 'sequence_length'):
     if cursor[key] != expected[key]:
       raise DataError(f'cursor: made with {key} {cursor[key]}, now it is {expected[key]}, so it points at '
-                      f'other rows; set {key} back or start the data anew')
+                      f'other rows; set {key} back or start the data from the beginning')
   for name, source in cursor['sources'].items():
     if name in documents and source['fingerprint'] != documents[name].fingerprint:
       raise DataError(f'cursor: source {name!r} was prepared again with other content since; restore the '
-                      'former data, give the new data another name, or start the data anew')
+                      'former data, give the new data another name, or start the data from the beginning')
 
 
 @functools.lru_cache(maxsize=32)

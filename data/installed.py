@@ -2,7 +2,7 @@
 
     python -m betarank.data.installed --out=runs/study/corpus.jsonl [--most_mb=N] [FOLDER ...]
 
-Without FOLDER, the folders are Python's standard library and the packages installed beside it. A document is a whole
+Without FOLDER, the folders are Python's standard library and the packages installed with it. A document is a whole
 file: UTF-8 text of 200 bytes to 200 KB, after decompression if the file is gzipped. If several files are equal, one is
 taken. Documents are sorted by the hash of their content, so that the first N MB, which --most_mb=N takes, are a fair
 sample. The source `jsonl:FILE` reads the result. FILE.sha256 lists the hash and the path of each file that was taken.

@@ -8,6 +8,7 @@ all checkpoints of the run are evaluated. Results are written to the folder `eva
 again, it skips evaluations that already have results.
 """
 
+import argparse
 import contextlib
 from collections.abc import Sequence
 
@@ -16,30 +17,37 @@ from betarank.configs.errors import UserError
 from betarank.configs.parser import Parser, above_zero, place
 from betarank.configs.stop import StopSignal, importing
 
+# Flags that only some of the commands have, and what another command has instead.
+_FLAGS = {'benchmark': ('sample',), 'tasks': ('harness',), 'num_fewshot': ('harness',), 'limit': ('harness', 'paper'),
+          'include_path': ('harness', 'paper'), 'max_length': ('harness', 'paper')}
+_INSTEAD = {('harness', 'benchmark'): '--tasks=NAME', ('sample', 'tasks'): '--benchmark=NAME',
+            ('sample', 'num_fewshot'): '--config.eval.sample.shots=N', ('sample', 'limit'):
+            '--config.eval.sample.problems=N', ('probe', 'limit'): '--config.eval.probe.rows=N'}
 _KEPT = 'results so far are kept, and the same command does the rest'
 
 
 def main(argv: Sequence[str]) -> None:
   parser = Parser('betarank eval', __doc__)
-  parser.add_argument('command', choices=('probe', 'sample', 'harness', 'paper'))
+  parser.add_argument('command', choices=('probe', 'sample', 'harness', 'paper'), help='the kind of evaluation')
   parser.add_argument('--checkpoint', required=True, type=place, metavar='RUN',
                       help='a workdir or a checkpoint; local or gs://')
   parser.add_argument('--all', action='store_true', help='all checkpoints of the run')
   parser.add_argument('--benchmark', default='', metavar='NAME[,NAME]',
-                      help='a name from eval/benchmarks.py, or the URI of a task, such as reasoning:chain_sum?level=1')
+                      help='sample: names from eval/benchmarks.py, or URIs of tasks: reasoning:chain_sum?level=1')
   parser.add_argument('--tasks', default='', metavar='NAME[,NAME]', help='harness: tasks of lm-evaluation-harness')
   parser.add_argument('--num_fewshot', type=int, help="harness: examples before a question, if not the task's number")
-  parser.add_argument('--limit', type=above_zero(int), help='harness: questions of each task, the first ones')
-  parser.add_argument('--include_path', type=place, help='harness: a folder with tasks of your own')
-  parser.add_argument('--max_length', type=above_zero(int), default=0,
-                      help='harness: tokens, if not what the model was trained on')
+  parser.add_argument('--limit', type=above_zero(int), help='harness, paper: questions of each task, the first ones')
+  parser.add_argument('--include_path', type=place, help='harness, paper: a folder with tasks of your own')
+  parser.add_argument('--max_length', type=above_zero(int),
+                      help='harness, paper: tokens, if not what the model was trained on')
   parser.add_argument('--coordinator', default='', metavar='HOST:PORT | auto',
                       help='join several processes into one job; auto on TPU pods and Slurm')
-  parser.add_argument('--processes', type=int, default=1)
-  parser.add_argument('--process_id', type=int, default=0)
+  parser.add_argument('--processes', type=int, default=1, help='processes of the job (default 1; auto counts them)')
+  parser.add_argument('--process_id', type=int, default=0, help='number of this process, from 0 (auto finds it)')
   subjects = []
 
   def configure(args, _):
+    _check_flags(args)
     with importing('starting JAX'):
       from betarank.eval import config
       from betarank.runtime import job
@@ -77,12 +85,21 @@ def main(argv: Sequence[str]) -> None:
       raise KeyboardInterrupt(_KEPT) from None
 
 
+def _check_flags(args: argparse.Namespace) -> None:
+  """Raises UserError if a flag was given that the command doesn't have."""
+  for name, commands in _FLAGS.items():
+    if args.command not in commands and getattr(args, name) not in ('', None):
+      instead = _INSTEAD.get((args.command, name), '')
+      raise UserError(f'betarank eval {args.command}: --{name} is a flag of betarank eval {" and ".join(commands)}'
+                      + (f'; use {instead}' if instead else ''))
+
+
 def _harness(run, subjects, args) -> None:
   try:
     from betarank.eval import lm_harness, paper
   except ImportError as error:
     raise UserError(f"betarank eval {args.command}: {error}; pip install -e '.[lm_eval]'") from None
-  asked = dict(limit=args.limit, include_path=args.include_path or '', max_length=args.max_length)
+  asked = dict(limit=args.limit, include_path=args.include_path or '', max_length=args.max_length or 0)
   if args.command == 'paper':
     paper.evaluate(run, subjects, **asked)
   else:

@@ -5,6 +5,7 @@ curves. Runs are named by the settings in which they differ. The command only re
 """
 
 import dataclasses
+import io
 import math
 import shutil
 import textwrap
@@ -15,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from betarank.configs.errors import ConfigError
+from betarank.configs.files import write_atomically
 from betarank.configs.load import flatten, read
 from betarank.configs.parser import Parser, place
 from betarank.eval.columns import Columns
@@ -268,7 +270,7 @@ def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 
 
 def plot(runs: Sequence[Run], path: str) -> None:
-  """Draws four panels, and saves them to `path`.
+  """Draws four panels, and saves them to `path`, local or in a bucket. Its folder is created if needed.
 
   For pre-training runs, two panels show cross-entropy and entropy, and two show the differences of both to the first
   run. For RL runs, the panels show reward, held-out problems, entropy and length. The legend names each run by the
@@ -276,8 +278,10 @@ def plot(runs: Sequence[Run], path: str) -> None:
   """
   import matplotlib
 
+  drawn = io.BytesIO()
   with matplotlib.rc_context(STYLE):
-    draw(runs).savefig(path, dpi=130)
+    draw(runs).savefig(drawn, format=path.rpartition('.')[2], dpi=130)
+  write_atomically(path, drawn.getvalue())
 
 
 def draw(runs: Sequence[Run]) -> Any:
@@ -369,8 +373,9 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def main(argv: Sequence[str]) -> None:
   parser = Parser('betarank compare', __doc__)
-  parser.add_argument('workdirs', nargs='+', type=place, metavar='WORKDIR')
-  parser.add_argument('--plot', type=place, metavar='FILE.png|FILE.svg')
+  parser.add_argument('workdirs', nargs='+', type=place, metavar='WORKDIR', help='the workdirs of runs; local or gs://')
+  parser.add_argument('--plot', type=place, metavar='FILE.png|FILE.svg',
+                      help='also draw the curves, and save them to this file')
   args = parser.parse_args(argv)
   if args.plot and args.plot.rpartition('.')[2] not in FORMATS:
     raise ConfigError(f'--plot={args.plot}: must end in .{" or .".join(FORMATS)}')

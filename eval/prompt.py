@@ -4,6 +4,7 @@ import codecs
 
 import numpy as np
 
+from betarank.data.show import printable
 from betarank.eval.explore.figures import figures
 from betarank.eval.loaded import Loaded, Sampling, sample
 from betarank.eval.token_texts import token_text
@@ -14,7 +15,7 @@ def generate(
   loaded: Loaded, text: str, sampling: Sampling, samples: int, number: int = 0, entropy: bool = False,
 ) -> None:
   """Prints continuations of a text as they are drawn, token by token. The text itself is printed before each
-  continuation.
+  continuation. Unprintable characters are replaced, as in data.show.printable.
 
   Args:
     samples: the number of continuations.
@@ -29,11 +30,11 @@ def generate(
   prompt = tokenizer.encode(text).tolist()
   for i in range(samples):
     decoder = codecs.getincrementaldecoder('utf-8')('replace')  # bytes wait until their character is complete
-    print(text, end='', flush=True)
+    print(printable(text), end='', flush=True)
 
     def show(part: Sample, decoder=decoder) -> None:
       drawn = b''.join(tokenizer.token_bytes[t] for t in part.text_tokens if t < tokenizer.vocab_size)
-      print(decoder.decode(drawn, final=part.finish != ''), end='', flush=True)
+      print(printable(decoder.decode(drawn, final=part.finish != '')), end='', flush=True)
 
     [drawn] = sample(loaded, prompt, sampling, [i], step=number, watch=show)
     ended = {'eos': 'ended', 'length': 'cut'}[drawn.finish]

@@ -2,8 +2,8 @@
 
 Shows a table of runs, and refreshes it until all of them have finished, or until Ctrl-C. The command only reads the
 files of the workdirs, local or gs://, so it works on any machine that can read these files. A run in a bucket uploads
-its metrics with every checkpoint. States that a sweep on this machine has recorded, such as waiting and failed, are
-shown too.
+its metrics with every checkpoint. States that a sweep has recorded, such as waiting and failed, are shown too. For a
+sweep in a bucket, they are known only on the machine that launched it, in the same working directory.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from rich.text import Text
 from betarank.configs.errors import UserError
 from betarank.configs.parser import Parser, above_zero, place
 from betarank.configs.steps import planned_steps
+from betarank.configs.sweep_folder import sweep_folder
 from betarank.configs.terminal import duration
 
 DEPTH = 6  # levels of folders that are searched for runs
@@ -90,9 +91,10 @@ def find_runs(folder: epath.Path, depth: int = DEPTH) -> Iterator[epath.Path]:
 def read_folder(folder: epath.Path) -> list[Row]:
   """Returns one row for each run in a folder.
 
-  If the folder has a sweep.json, runs that it lists have a row even if they haven't started.
+  If the folder is that of a sweep, runs that its sweep.json lists have a row even if they haven't started.
   """
-  points = {name: point for name, point in (_object(folder / 'sweep.json').get('points') or {}).items()
+  recorded = _object(sweep_folder(folder) / 'sweep.json').get('points') or {}
+  points = {name: point for name, point in recorded.items()
             if isinstance(point, dict) and point.get('stage') in ('train', 'rl')}
   states = {name: (point.get('status') or {}).get('state', '') for name, point in points.items()}
   found = {}
@@ -191,6 +193,19 @@ def table(rows: Sequence[Row], width: int) -> Table:
   return drawn
 
 
+def screen(rows: Sequence[Row], console: Console, problem: str = '') -> Group:
+  """Returns the table with as many rows as fit on the terminal, and a line that says how many rows are missing.
+
+  problem: a line to show below; '' for none.
+  """
+  notes = [Text(problem)] if problem else []
+  room = max(1, console.height - 1 - sum(len(console.render_lines(note)) for note in notes))  # without the titles
+  if len(rows) > room:
+    rows, hidden = rows[:max(1, room - 1)], len(rows) - max(1, room - 1)
+    notes.insert(0, Text(f'{hidden} more; with --once, all are shown'))
+  return Group(table(rows, console.width), *notes)
+
+
 def main(argv: Sequence[str]) -> None:
   """Runs the command.
 
@@ -210,15 +225,18 @@ def main(argv: Sequence[str]) -> None:
   if args.once or _done(rows):
     console.print(table(rows, console.width))
     return
-  with Live(table(rows, console.width), console=console, auto_refresh=False) as live:
-    while not _done(rows):
-      time.sleep(every)
-      problem = ''
-      try:
-        rows = _read(args.folder)
-      except UserError as error:  # a run may take weeks, in which a bucket fails and tokens expire
-        problem = f'{error}; tried again in {every:.0f} s'
-      live.update(Group(table(rows, console.width), *filter(None, [problem])), refresh=True)
+  with Live(screen(rows, console), console=console, auto_refresh=False) as live:
+    try:
+      while not _done(rows):
+        time.sleep(every)
+        problem = ''
+        try:
+          rows = _read(args.folder)
+        except UserError as error:  # a run may take weeks, in which a bucket fails and tokens expire
+          problem = f'{error}; tried again in {every:.0f} s'
+        live.update(screen(rows, console, problem), refresh=True)
+    finally:
+      live.update(table(rows, console.width))  # what remains on the terminal has all rows
 
 
 def _read(folders: Sequence[str]) -> list[Row]:

@@ -42,6 +42,7 @@ from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.files import write_atomically
 from betarank.configs.parser import Parser, install_hint, unopened_place
 from betarank.configs.stop import listening
+from betarank.configs.sweep_folder import sweep_folder
 from betarank.configs.terminal import duration, waiting
 from betarank.launch import engine
 from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, local_files, resolved
@@ -516,7 +517,7 @@ def main(argv: Sequence[str]) -> None:
     if not shutil.which(program := command(point, 0)[0]):
       raise ConfigError(f'--on={args.on}: {program} is not installed on this machine')
 
-  folder = pathlib.Path('runs/sweeps') / root.partition('://')[2] if remote else pathlib.Path(root)
+  folder = pathlib.Path(sweep_folder(root))
   folder.mkdir(parents=True, exist_ok=True)
   with workdir.lock_file(folder / '.sweep.lock') as held:
     if held is None:

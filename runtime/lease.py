@@ -93,7 +93,7 @@ class _Lease:
           return found['holder']
         else:
           if not waited_for:
-            print(f'{self._path} is held by {found["holder"]}; waiting {STALE_S:.0f} s for a sign of life',
+            print(f'{self._path} is held by {found["holder"]}; waiting {STALE_S:.0f} s to see whether it still runs',
                   file=sys.stderr, flush=True)
           waited_for = generation
           time.sleep(RENEW_S / 3)
@@ -107,7 +107,7 @@ class _Lease:
           continue
         found, generation = self._read()
         if found:
-          print(f'error: {self._path}: {found["holder"]} has taken over, because this process gave no sign of life for '
+          print(f'error: {self._path}: {found["holder"]} has taken over, because this process did not renew it for '
                 f'{STALE_S:.0f} s; it ends without saving', file=sys.stderr, flush=True)
           os._exit(EXIT_JOB_LOST)
         self._write(self._content, generation)

@@ -15,6 +15,9 @@ _FLAGS = [f'--{flag}' for flag in (
   'headless', 'no-sandbox', 'disable-gpu', 'disable-background-networking', 'disable-component-update', 'disable-sync',
   'disable-extensions', 'no-first-run', 'hide-scrollbars', 'force-device-scale-factor=1')]
 
+KEYS = {'Enter': '\ue007', 'Shift': '\ue008', 'Control': '\ue009', 'Escape': '\ue00c', 'Left': '\ue012',
+        'Right': '\ue014'}  # WebDriver's codes
+
 
 class Browser:
   """A window of the browser."""
@@ -51,6 +54,16 @@ class Browser:
       assert time.monotonic() < until, f'not within {seconds} s: {script}'
       time.sleep(0.05)
     return value
+
+  def press(self, *keys):
+    """Presses keys together, as a user does; the last one may be a character, the others are modifiers.
+
+    keys: names in KEYS, or single characters.
+    """
+    values = [KEYS.get(key, key) for key in keys]
+    actions = [{'type': 'keyDown', 'value': value} for value in values]
+    actions += [{'type': 'keyUp', 'value': value} for value in reversed(values)]
+    self._call('POST', 'actions', {'actions': [{'type': 'key', 'id': 'keyboard', 'actions': actions}]})
 
   def messages(self):
     """Returns all lines of the browser's console since the last call.

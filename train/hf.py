@@ -296,13 +296,15 @@ def main(argv: Sequence[str]) -> None:
   out = commands.add_parser('export', help='a checkpoint to a directory that transformers and vLLM load')
   out.add_argument('--checkpoint', required=True, type=place, metavar='DIR', help='a workdir, or one checkpoint')
   out.add_argument('--to', required=True, type=place, metavar='DIR', help='a new directory')
-  out.add_argument('--dtype', choices=tuple(STORED), default='float32')
+  out.add_argument('--dtype', choices=tuple(STORED), default='float32', help='of the weights (default: float32)')
   out.add_argument('--shard_gb', type=above_zero(float), default=4.0, help='largest size of a file (default: 4)')
   out.add_argument('--tokenizer', default='', metavar='PATH | none', help="default: the run's own")
   out.add_argument('--positions', type=above_zero(int), default=0, metavar='TOKENS',
                    help='longest text that config.json allows; default: what the model was trained on or imported with')
-  back = commands.add_parser('import', help='a Qwen3 or Qwen3-MoE directory to a workdir to start from')
-  back.add_argument('--from', required=True, type=place, dest='source', metavar='DIR')
+  back = commands.add_parser('import', help='a directory of Qwen3, Qwen3-MoE, Qwen2, Llama 3 or Glm4-MoE to a '
+                             'workdir to start from')
+  back.add_argument('--from', required=True, type=place, dest='source', metavar='DIR',
+                    help='a local directory with config.json and safetensors')
   back.add_argument('--to', required=True, type=place, metavar='DIR', help='a new directory')
   back.add_argument('--tokenizer', default='', metavar='PATH | none', help="default: the directory's own")
   args = parser.parse_args(argv)

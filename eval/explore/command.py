@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from betarank.configs.errors import UserError
-from betarank.configs.parser import Parser, above_zero, place
+from betarank.configs.parser import Parser, above_zero, line_ends, place
 from betarank.configs.stop import importing, leave
 from betarank.configs.terminal import waiting
 
@@ -36,16 +36,17 @@ def main(argv: Sequence[str]) -> None:
                       'the first run')
   parser.add_argument('--port', type=int, default=0, help='of the page; default: any that is free')
   parser.add_argument('--export', type=place, metavar='FILE.html', help='write one view to a file, and serve nothing')
-  parser.add_argument('--text', help=r'the text to export; \n is a line end')
+  parser.add_argument('--text', type=line_ends, help=r'the text to export; \n is a line end, \\ a backslash')
   parser.add_argument('--problem', type=int, help='the problem to export, by its number, in place of a text')
-  parser.add_argument('--samples', type=above_zero(int), default=4,
+  parser.add_argument('--samples', type=above_zero(int),
                       help='continuations per checkpoint in the export (default 4)')
-  parser.add_argument('--max_new_tokens', type=int, default=64, help='longest of these, in tokens (default 64)')
+  parser.add_argument('--max_new_tokens', type=above_zero(int), help='longest of these, in tokens (default 64)')
   args = parser.parse_args(argv)
   if args.export and (args.text is None) == (args.problem is None):
     raise UserError('--export: name what to show, --text=TEXT or --problem=NUMBER')
-  if not args.export and (args.text is not None or args.problem is not None):
-    raise UserError('--text and --problem are for --export=FILE.html; the page has fields for them')
+  for name in ('text', 'problem', 'samples', 'max_new_tokens'):
+    if not args.export and getattr(args, name) is not None:
+      raise UserError(f'--{name} is for --export=FILE.html; the page has a field for it')
   if args.top_k < 0:
     raise UserError(f'--top_k must be >= 1, or 0 for the one of the first run, got {args.top_k}')
   _run(args)
@@ -80,12 +81,12 @@ def _export(args: argparse.Namespace, explorer: Any) -> None:
   from betarank.eval.explore import page
   from betarank.eval.loaded import Sampling
 
-  sampling = Sampling(max_new_tokens=args.max_new_tokens)
+  samples, sampling = args.samples or 4, Sampling(max_new_tokens=args.max_new_tokens or 64)
   with waiting('compiling, predicting and sampling'):
     if args.problem is not None:
-      view = explorer.problem(args.problem, args.samples, sampling)
+      view = explorer.problem(args.problem, samples, sampling)
     else:
-      view = explorer.text(args.text.replace('\\n', '\n'), args.samples, sampling)
+      view = explorer.text(args.text, samples, sampling)
   write_atomically(epath.Path(args.export), page.exported(explorer.about(), view))
   print(f'{args.export}: written')
 

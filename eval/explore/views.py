@@ -4,8 +4,9 @@ several checkpoints.
 A *passage* is a sequence of tokens with the predictions of each checkpoint. A *view* is what the page shows at one
 time. It has one passage for a prompt, and one passage for each continuation of the prompt:
 
-    {'prompt': passage, 'samples': [passage, ...], 'vocabulary': {id: text}, 'problem': {...} or None}
+    {'prompt': passage, 'samples': [passage, ...], 'vocabulary': {id: text}, 'problem': {...} or None, 'note': text}
 
+'note' is a remark that the page shows, such as that only a part of a document is shown; '' for none.
 The text of a token is found in 'vocabulary'. If a token holds only a part of a character, its text depends on the
 tokens next to it. A passage has the texts of such tokens as {position: text}.
 """
@@ -74,7 +75,7 @@ class Explorer:
   def document(self, source: str, index: int) -> dict[str, Any]:
     """Returns the view (see the docstring of this module) of document number `index` in a source's validation split.
 
-    Only the first MOST_TOKENS / 2 tokens of the document are used.
+    Only the first MOST_TOKENS / 2 tokens of the document are used. If it has more, the view's note says so.
 
     Raises:
       EvalError: there is no such source or document.
@@ -85,7 +86,11 @@ class Explorer:
     if not 0 <= index < len(documents):
       raise EvalError(f'{source} has documents 0 to {len(documents) - 1}, got {index}')
     [tokens] = documents.read([index])
-    return self.text(self._tokenizer.decode(tokens[:MOST_TOKENS // 2].tolist()))
+    most = MOST_TOKENS // 2
+    view = self.text(self._tokenizer.decode(tokens[:most].tolist()))
+    if len(tokens) > most:
+      view['note'] = f'Only the first {most:,} of the {len(tokens):,} tokens of this document are shown.'
+    return view
 
   def problem(self, index: int, samples: int, sampling: Sampling) -> dict[str, Any]:
     """Returns the view (see the docstring of this module) of problem number `index`.
@@ -121,7 +126,7 @@ class Explorer:
                for one in sample(loaded, prompt, sampling, range(samples))]
       rows = [prompt, *([*prompt, *one.tokens.tolist()] for _, one in drawn)]
       found = list(zip(*(self._figures(loaded, rows) for loaded in self.models)))
-    view = {'text': text, 'prompt': self._passage(prompt, found[0], 0), 'problem': None}
+    view = {'text': text, 'prompt': self._passage(prompt, found[0], 0), 'problem': None, 'note': ''}
     view['samples'] = [
       {**self._passage(row, of_models, len(prompt)), 'by': m, 'finish': one.finish}
       for (m, one), row, of_models in zip(drawn, rows[1:], found[1:])]
@@ -181,8 +186,8 @@ def labels(models: Sequence[Loaded]) -> list[str]:
 
 
 def _rounded(f: Figures, start: int) -> dict[str, Any]:
-  """Returns the predictions for token `start` and all later tokens, as JSON values with four significant digits."""
-  number = lambda x: float(f'{x:.4g}')
+  """Returns the predictions for token `start` and all later tokens, as JSON values with six significant digits."""
+  number = lambda x: float(f'{x:.6g}')
   values = {name: [number(x) for x in getattr(f, name)[start:]] for name in ('logp', 'entropy', 'head', 'tail')}
   return {**values, 'rank': f.rank[start:].tolist(), 'top': f.top[start:].tolist(),
           'top_logp': [[number(x) for x in row] for row in f.top_logp[start:]]}

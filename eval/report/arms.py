@@ -20,6 +20,7 @@ from typing import Any
 from etils import epath
 
 from betarank.configs import common
+from betarank.configs.sweep_folder import sweep_folder
 from betarank.eval.report.agreement import choices, disagreements
 from betarank.eval.report.oddities import of_rl
 from betarank.eval.report.reading import read_object, read_run
@@ -67,7 +68,7 @@ def _find_runs(
   if here in seen:
     return
   seen.add(here)
-  if (folder / 'sweep.json').exists():
+  if (sweep_folder(folder) / 'sweep.json').exists():
     points = points | _points(folder, sweep)
   if (folder / 'config.json').exists() or (folder / 'metrics.jsonl').exists():
     yield folder, points.get(str(folder), '')
@@ -83,12 +84,12 @@ def _find_runs(
 
 
 def _points(folder: epath.Path, sweep: Sweep) -> dict[str, str]:
-  """Returns {workdir: arm} for the runs that the file sweep.json in `folder` lists.
+  """Returns {workdir: arm} for the runs that the sweep.json of the sweep in `folder` lists.
 
   A sweep.json lists points, each of which is one command of a sweep. The name of a point is ARM/STAGE, which is also
   its workdir relative to `folder`.
   """
-  points = (read_object(folder / 'sweep.json', sweep) or {}).get('points')
+  points = (read_object(sweep_folder(folder) / 'sweep.json', sweep) or {}).get('points')
   names = [name for name in points if '/' in name] if isinstance(points, dict) else []
   return {str(folder / name): name.rpartition('/')[0] for name in names}
 

@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> None:
 
   jax.config.update('jax_platforms', 'cpu')  # a training run on this machine may hold the accelerator
   parser = Parser('betarank report', __doc__)
-  parser.add_argument('root', type=place, metavar='ROOT')
-  parser.add_argument('--out', type=place, metavar='DIR')
+  parser.add_argument('root', type=place, metavar='ROOT', help='a folder with runs; local or gs://')
+  parser.add_argument('--out', type=place, metavar='DIR', help='where the report is written; default: ROOT/report')
   parser.add_argument('--watch', action='store_true', help='write the report again every minute, until Ctrl-C')
   args = parser.parse_args(argv)
   out = args.out or ''

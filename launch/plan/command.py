@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
                       help="make the table of docs/plans.md, or its rows that match, such as 'dense_*/v5e-256'")
   parser.add_argument('--tries', type=above_zero(int), default=12, help='how many settings --search compiles at most')
   config, args = load.from_command_line(
-    parser, argv, settings=settings.PRETRAIN, needs_config=False,
+    parser, argv, settings=settings.STAGES, needs_config=False,
     configure=lambda args, overrides: _read_config(parser, args, overrides))
   if args.mean_answer and 'rl' not in config:
     raise ConfigError(f'--mean_answer={args.mean_answer}: is for a config of RL')

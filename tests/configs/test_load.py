@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from ml_collections import ConfigDict
 
-from betarank.configs import common, load
+from betarank.configs import command, common, load
 from betarank.configs.errors import ConfigError
 from betarank.configs.parser import Parser
 from betarank.configs.sections import section
@@ -129,6 +129,14 @@ def test_resolved_config_loads_back_equal(tmp_path):
   with pytest.raises(ConfigError, match='not a resolved config'):
     load.load(str(path))
   json.loads(load.to_json(config))
+
+
+def test_the_config_command_takes_its_file_with_and_without_the_flag(capsys):
+  outs = []
+  for word in (SMOKE, f'--config={SMOKE}'):
+    command.main([word, '--config.optimizer.lr=1e-3'])
+    outs.append(capsys.readouterr().out)
+  assert outs[0] == outs[1] and 'optimizer.lr = 0.001' in outs[0]
 
 
 def test_parse_reads_by_the_type_of_the_default():

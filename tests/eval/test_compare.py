@@ -126,6 +126,12 @@ def test_the_plot_is_a_picture_that_says_what_it_smooths(kind, said, request, tm
     compare.main([*paths, '--plot=x.pdf'])
 
 
+def test_the_plot_makes_its_folder_and_may_be_in_a_bucket(two, tmp_path, bucket):
+  for path in (tmp_path / 'new' / 'curves.png', bucket / 'new' / 'curves.png'):
+    compare.main([*two, f'--plot={path}'])
+    assert path.read_bytes().startswith(b'\x89PNG')
+
+
 def test_what_cannot_be_compared_is_refused_in_one_line(two, two_rl, tmp_path):
   with pytest.raises(ConfigError, match='a run of RL, and .* is one of pre-training; compare runs of one kind'):
     compare.read_runs([two[0], two_rl[0]])

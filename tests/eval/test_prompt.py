@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from betarank.configs.errors import UserError
+from betarank.data.show import printable
 from betarank.eval import loaded as loading
-from betarank.eval import prompt_command
+from betarank.eval import prompt, prompt_command
 from betarank.eval.loaded import Sampling, load_model, sample
+from betarank.train.sampler import Sample
 
 TEXT = 'Question: What is 3 + 4?\nSolution:'
 FEW = ['--max_new_tokens=8']
@@ -32,9 +34,9 @@ def generate(loaded, run_dir, monkeypatch, capsys):
 
 
 def test_what_is_printed_as_it_comes_is_the_sample(loaded, generate):
-  prompt = loaded.tokenizer.encode(TEXT).tolist()
+  tokens = loaded.tokenizer.encode(TEXT).tolist()
   parts = []
-  drawn = [sample(loaded, prompt, Sampling(max_new_tokens=8), [i], watch=parts.append)[0] for i in (0, 1)]
+  drawn = [sample(loaded, tokens, Sampling(max_new_tokens=8), [i], watch=parts.append)[0] for i in (0, 1)]
   assert [part.finish for part in parts if part.finish] == [one.finish for one in drawn] and len(parts) > 2
   np.testing.assert_array_equal(np.concatenate([part.tokens for part in parts]),
                                 np.concatenate([one.tokens for one in drawn]))
@@ -42,7 +44,7 @@ def test_what_is_printed_as_it_comes_is_the_sample(loaded, generate):
   for i, one in enumerate(drawn):
     end = {'eos': 'ended', 'length': 'cut'}[one.finish]
     text = loaded.tokenizer.decode(one.text_tokens)
-    assert f'{TEXT}{text}\n[{i + 1} of 2, {end} after {len(one.tokens)} tokens]\n' in out
+    assert f'{TEXT}{printable(text)}\n[{i + 1} of 2, {end} after {len(one.tokens)} tokens]\n' in out
 
 
 def test_tokens_are_listed_with_probability_rank_and_entropy(generate):
@@ -59,6 +61,30 @@ def test_lines_of_standard_input_are_prompts_until_it_ends(generate, monkeypatch
   out = generate()
   assert out.startswith('Question: What is 5 + 6?\nSolution:') and '\nQuestion: What is 7 + 8?' in out
   assert len(re.findall(r' after \d+ tokens\]', out)) == 2
+
+
+def test_a_backslash_can_be_written(generate, monkeypatch):
+  monkeypatch.setattr('sys.stdin', io.StringIO('1 \\\\neq 2\n'))
+  assert generate().startswith(r'1 \neq 2')
+  assert generate(r'--prompt=1 \\neq 2\n\frac').startswith('1 \\neq 2\n\\frac')
+
+
+def test_no_escape_sequence_reaches_the_terminal(generate, loaded, monkeypatch):
+  tokens = loaded.tokenizer.encode('\x1b[2J\x9b\rx')
+  drawn = Sample(0, 0, tokens, np.zeros(len(tokens)), 'length')
+
+  def draw(*_, watch, **__):
+    watch(drawn)
+    return [drawn]
+  monkeypatch.setattr(prompt, 'sample', draw)
+  out = generate('--prompt=\x1b[31mred')
+  assert '\x1b' not in out and '\x9b' not in out and '\r' not in out and 'red' in out and '[2J' in out
+
+
+def test_standard_input_that_is_no_text_is_one_line(generate, monkeypatch):
+  monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(b'1 + \xff\n'), 'utf-8'))
+  with pytest.raises(UserError, match='standard input is not UTF-8 .invalid start byte.'):
+    generate()
 
 
 @pytest.mark.parametrize('flag, words', [

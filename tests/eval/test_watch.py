@@ -92,6 +92,43 @@ def test_runs_in_a_bucket_are_read(bucket, root):
   assert (row.name, row.step, row.ce) == ('beta=0', 40, 2.0)
 
 
+def test_a_sweep_in_a_bucket_has_the_states_that_this_machine_recorded(bucket, root, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  target = bucket / 'sweep' / 'beta=0' / 'train' / 'config.json'
+  target.parent.mkdir(parents=True)
+  target.write_text((root / 'beta=0' / 'train' / 'config.json').read_text())
+  folder = tmp_path / 'runs' / 'sweeps' / bucket.name / 'sweep'
+  folder.mkdir(parents=True)
+  points = {name: {'stage': 'train', 'status': {'state': state}} for name, state in (
+    ('beta=0/train', 'running'), ('beta=1/train', 'waiting'))}
+  (folder / 'sweep.json').write_text(json.dumps({'points': points}))
+  rows = {row.name: row.state for row in watch.read_folder(bucket / 'sweep')}
+  assert rows == {'beta=0/train': 'running', 'beta=1/train': 'waiting'}
+
+
+def test_a_table_taller_than_the_terminal_says_how_many_rows_are_missing():
+  rows = [watch.Row(f'seed={i}', 'waiting') for i in range(30)]
+  for count, problem, shown, last in ((30, '', 8, '22 more; with --once, all are shown'), (9, '', 9, 'seed=8 waiting'),
+                                      (30, 'no bucket', 7, 'no bucket')):
+    console = Console(file=io.StringIO(), width=80, height=10)
+    console.print(watch.screen(rows[:count], console, problem))
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert len(lines) == 10 and sum('seed=' in line for line in lines) == shown and lines[-1].split() == last.split()
+
+
+def test_all_rows_remain_on_the_terminal(root, monkeypatch, capsys):
+  monkeypatch.setenv('LINES', '4')
+  monkeypatch.setattr(time, 'sleep', interrupt)
+  with pytest.raises(KeyboardInterrupt):
+    watch.main([str(root)])
+  out = capsys.readouterr().out
+  assert all(f'\nbeta={name} ' in out for name in ('0/train', '0/rl', '-0.25/train', '-0.25/rl'))
+
+
+def interrupt(_):
+  raise KeyboardInterrupt
+
+
 def test_the_command_prints_once_and_names_what_is_wrong(root, tmp_path, capsys):
   watch.main([str(root), '--once'])
   lines = capsys.readouterr().out.splitlines()

@@ -58,7 +58,7 @@ def test_a_second_command_is_told_and_the_folder_is_free_afterwards(there):
 def test_the_lease_of_another_machine_is_waited_for_once_and_respected(there, elsewhere, capfd):
   with hold() as first, hold() as second:
     assert first == '' and second == f'process {os.getpid()} on {os.uname().nodename}'
-  assert 'waiting 0 s for a sign of life' in capfd.readouterr().err
+  assert 'waiting 0 s to see whether it still runs' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('content', [

@@ -65,29 +65,36 @@ function visible(text) {
 const printable = (text) => text.replace(/[\x00-\x08\x0b-\x1f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)));
 
 // Measures. `of(f, i)` is the value of token i, and `value` its text; `heat` maps it to [0, 1], dark where the model is
-// unsure or wrong; `lead(f, g, i)` says in nats how much surer the model of g is than that of f, and `surer` and `more`
-// say it in words.
+// unsure or wrong; `ticks` are the values that the scale shows, with their texts; `lead(f, g, i)` is how much surer the
+// model of g is than that of f; `gap` is the text of a lead; `surer` and `more` say in words what a lead means.
+
+const nats = (x) => `${Number(x.toFixed(2))} ${x === 1 ? 'nat' : 'nats'}`;
+const factor = (x) => `a factor of ${Math.exp(x).toFixed(2)}`;
 
 const MEASURES = {
   entropy: {
     name: 'entropy', unit: 'nats', of: (f, i) => f.entropy[i], heat: (x) => clamp(x / 4) ** 0.6,
-    ticks: ['0', '0.2', '0.8', '2', '4 nats'], lead: (f, g, i) => f.entropy[i] - g.entropy[i],
+    ticks: [[0, '0'], [0.2, '0.2'], [0.8, '0.8'], [2, '2'], [4, '4 nats']],
+    lead: (f, g, i) => f.entropy[i] - g.entropy[i], gap: nats,
     surer: 'is sharper', more: 'sharper', value: (f, i) => f.entropy[i].toFixed(2),
     chart: 'entropy before each token (nats)', height: (f, i) => f.entropy[i],
   },
   probability: {
     name: 'probability', unit: '', of: (f, i) => Math.exp(f.logp[i]), heat: (p) => clamp(-Math.log10(p) / 3) ** 0.7,
-    ticks: ['100 %', '50 %', '10 %', '1 %', '0.1 %'], lead: (f, g, i) => g.logp[i] - f.logp[i],
+    ticks: [[1, '100 %'], [0.5, '50 %'], [0.1, '10 %'], [0.01, '1 %'], [0.001, '0.1 %']],
+    lead: (f, g, i) => g.logp[i] - f.logp[i], gap: nats,
     surer: 'gives the text more probability', more: 'surer', value: (f, i) => probability(Math.exp(f.logp[i])),
     chart: 'surprise at each token, −log p (nats)', height: (f, i) => -f.logp[i],
   },
   rank: {
     name: 'rank', unit: '', of: (f, i) => f.rank[i] + 1, heat: (r) => clamp(Math.log(r) / Math.log(200)) ** 0.8,
-    ticks: ['1', '4', '20', '60', '200'], lead: (f, g, i) => Math.log((1 + f.rank[i]) / (1 + g.rank[i])),
+    ticks: [[1, '1'], [4, '4'], [20, '20'], [60, '60'], [200, '200']],
+    lead: (f, g, i) => Math.log((1 + f.rank[i]) / (1 + g.rank[i])), gap: factor,
     surer: 'ranks the text higher', more: 'surer', value: (f, i) => String(f.rank[i] + 1),
     chart: 'rank of each token (log scale)', height: (f, i) => Math.log2(1 + f.rank[i]),
   },
 };
+const LEAST_UNDERLINED = 0.01, LEAST_SHOWN = 0.05;  // leads
 const tint = (lead) => clamp(Math.abs(lead)) ** 0.55 * 0.85;
 
 function paint(node, passage, m, i) {
@@ -106,7 +113,7 @@ function paint(node, passage, m, i) {
     node.style.setProperty('--v2', clamp(2 * v - 1).toFixed(3));
     if (passage.figures.length > 1) {
       const ahead = lead(passage.figures[m === 0 ? 1 : 0], passage.figures[m], i);
-      node.style.setProperty('--ahead', ahead > 0.01 ? (0.25 + 0.75 * tint(ahead)).toFixed(3) : 0);
+      node.style.setProperty('--ahead', ahead > LEAST_UNDERLINED ? (0.25 + 0.75 * tint(ahead)).toFixed(3) : 0);
     }
   }
   node.classList.toggle('tint', difference);
@@ -186,11 +193,13 @@ function summary(passages, m) {
 
 function drawVerdict() {
   const box = $('verdict');
+  const {surer, gap} = MEASURES[measure];
   const N = view.prompt.tokens.length;
   box.replaceChildren();
   if (!N) return;
   const rows = about.models.map((_, m) => summary([view.prompt], m));
   const words = make('div');
+  if (view.note) words.append(make('p', {class: 'soft note'}, view.note));
   if (rows.length === 1) {
     words.append(make('p', {}, `Over ${N} tokens: entropy ${rows[0].entropy.toFixed(3)} nats, cross-entropy `
       + `${rows[0].ce.toFixed(3)} nats.`));
@@ -198,14 +207,14 @@ function drawVerdict() {
   for (let m = 1; m < rows.length; m++) words.append(comparison(rows, m, N));
   if (rows.length > 1) {
     const found = [largest(1), largest(0)].filter(Boolean);
-    const none = 'No token differs by more than 0.05 nats. Another text may show more.';
+    const none = `No token differs by more than ${gap(LEAST_SHOWN)}. Another text may show more.`;
     words.append(...(found.length ? found : [make('p', {}, none)]));
   }
   words.append(make('p', {class: 'soft'}, compare === 'difference'
-    ? 'A token has the colour of the model that ' + MEASURES[measure].surer + '; the deepest is 1 nat.'
+    ? `A token has the colour of the model that ${surer}; the deepest is ${gap(1)} or more.`
     : `The stronger the colour, the more ${measure === 'entropy' ? 'unsure' : 'surprised'} is the model.`
-      + (rows.length > 1 ? ` Underlined tokens are those where the panel’s model ${MEASURES[measure].surer} than the `
-        + 'other, by more than 0.01 nats.' : '') + ' Choose a token to see what each model expected there.'));
+      + (rows.length > 1 ? ` Underlined tokens are those where the panel’s model ${surer} than the `
+        + `other, by more than ${gap(LEAST_UNDERLINED)}.` : '') + ' Choose a token to see what each model expected there.'));
   if (rows.length > 1 && compare === 'each') {
     words.append(make('button', {type: 'button', id: 'where', onclick: () => $('compare').querySelector(
       'input[value=difference]').click()}, 'Show where'));
@@ -261,10 +270,19 @@ function drawScale() {
     }
     ramp.append(cell);
   }
+  $('scale').replaceChildren(ramp, difference ? differenceTicks() : valueTicks());
+}
+
+function valueTicks() {
+  const {heat, ticks} = MEASURES[measure];
+  return make('div', {class: 'ticks'}, ...ticks.map(([x, text]) => make('span', {'--at': heat(x)}, text)));
+}
+
+function differenceTicks() {
   const {more} = MEASURES[measure];
-  const ends = about.models.length > 2 ? 'the other' : label(1);
-  const ticks = difference ? [`${label(0)} ${more}`, 'equal', `${ends} ${more}`] : MEASURES[measure].ticks;
-  $('scale').replaceChildren(ramp, make('div', {class: 'ticks'}, ...ticks.map((text) => make('span', {}, text))));
+  const other = about.models.length > 2 ? 'the other' : label(1);
+  return make('div', {class: 'ends'}, ...[`${label(0)} ${more}`, 'equal', `${other} ${more}`].map(
+    (text) => make('span', {}, text)));
 }
 
 // The chart: a step line for each model along the text, filled between the first two in the colour of the lower one; or
@@ -299,7 +317,7 @@ function drawBars(svg, N) {
   });
   for (const m of [0, 1]) svg.append(shape('path', {d: bars[m], class: 'solid', style: `fill:${colour(m)}`}));
   svg.append(shape('line', {class: 'zero', x1: 0, x2: N, y1: H / 2, y2: H / 2}));
-  return `how much ${MEASURES[measure].more} at each token, up to ${most.toFixed(2)} nats; `
+  return `how much ${MEASURES[measure].more} at each token, up to ${MEASURES[measure].gap(most)}; `
     + `up: ${label(1)}, down: ${label(0)}`;
 }
 
@@ -329,7 +347,7 @@ function drawLines(svg, N) {
 function largest(m) {
   const {lead, surer, value, name, unit} = MEASURES[measure];
   const [f, g] = m ? view.prompt.figures : view.prompt.figures.slice(0, 2).reverse();
-  const found = view.prompt.tokens.map((_, i) => ({i, d: lead(f, g, i)})).filter(({d}) => d > 0.05)
+  const found = view.prompt.tokens.map((_, i) => ({i, d: lead(f, g, i)})).filter(({d}) => d > LEAST_SHOWN)
     .sort((a, b) => b.d - a.d).slice(0, 5);
   if (!found.length) return '';
   const other = label(1 - m);
@@ -452,10 +470,12 @@ function inspect() {
     make('button', {type: 'button', title: 'previous token (left arrow)', onclick: () => step(-1)}, '←'),
     make('button', {type: 'button', title: 'next token (right arrow)', onclick: () => step(1)}, '→'),
     make('button', {type: 'button', title: 'close (Escape)', onclick: close}, '✕'));
+  const focused = [...box.querySelectorAll('.buttons button')].indexOf(document.activeElement);
   const longest = Math.exp(Math.max(...passage.figures.map((f) => f.top_logp[at][0])));  // one scale for all models
   const columns = passage.figures.map((f, m) => expectation(f, m, at, target, longest));
   box.replaceChildren(make('div', {class: 'head'}, context, buttons),
     make('div', {class: 'columns', '--n': Math.min(columns.length, 2)}, ...columns));
+  if (focused >= 0) buttons.children[focused].focus({preventScroll: true});
 }
 
 function expectation(f, m, at, target, longest) {
@@ -513,11 +533,20 @@ function bar(token, p, longest, isTarget) {
 
 const COMPUTING = 'computing; the first text of its length takes a few seconds, as programs are compiled …';
 
+let busy = false;
+
+function setBusy(on) {
+  busy = on;
+  $('ask').classList.toggle('busy', on);
+}
+
+// Returns the server's answer; null if there is none, or if another request is still being answered.
 async function request(name, body, working) {
+  if (busy) return null;
   const status = $('status');
   status.classList.remove('wrong');
   status.textContent = working;
-  for (const button of document.querySelectorAll('form button')) button.disabled = true;
+  setBusy(true);
   try {
     const response = await fetch(`api/${name}`, {
       method: 'POST', headers: {'Content-Type': 'application/json'}, body: JSON.stringify(body)});
@@ -534,7 +563,7 @@ async function request(name, body, working) {
       ? 'the server does not answer; was betarank explore ended?' : error.message;
     return null;
   } finally {
-    for (const button of document.querySelectorAll('form button')) button.disabled = false;
+    setBusy(false);
   }
 }
 
@@ -545,9 +574,10 @@ function sampling() {
 }
 
 async function ask(name, body, working) {
+  const typed = $('text').value;
   const answer = await request(name, body, working);
   if (!answer) return;
-  $('text').value = answer.text;
+  if (['document', 'problem'].includes(name) && $('text').value === typed) $('text').value = answer.text;
   show(answer);
 }
 
@@ -557,6 +587,7 @@ function drawModels() {
     make('span', {class: 'name'}, label(m)), ' ',
     make('small', {}, model.label.includes('step') ? model.name : `${model.name}, step ${model.step}`))));
   $('compare').hidden = about.models.length < 2;
+  readChoices();  // a browser may have restored what was chosen before the page was loaded again
 }
 
 function listen() {
@@ -568,6 +599,12 @@ function listen() {
   $('text').addEventListener('keydown', (event) => {
     if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) $('ask').requestSubmit();
   });
+  $('ask').addEventListener('keydown', (event) => {
+    if (event.key !== 'Enter' || event.target.tagName !== 'INPUT') return;
+    event.preventDefault();  // it would press Look
+    const buttons = {document: 'open-document', problem: 'open-problem'};
+    $(buttons[event.target.id] ?? 'continue').click();
+  });
   $('continue').addEventListener('click', () => ask('continue', {text: $('text').value, ...sampling()}, slow));
   $('open-document').addEventListener('click', () => ask(
     'document', {source: $('source').value, index: Number($('document').value)}, COMPUTING));
@@ -575,11 +612,16 @@ function listen() {
     'problem', {index: Number($('problem').value), ...sampling()}, slow));
 }
 
+function readChoices() {
+  const checked = (name) => document.querySelector(`input[name=${name}]:checked`).value;
+  measure = checked('measure');
+  compare = about.models.length > 1 ? checked('compare') : 'each';
+}
+
 function listenToView() {
   for (const radio of document.querySelectorAll('input[type=radio]')) {
     radio.addEventListener('change', () => {
-      measure = document.querySelector('input[name=measure]:checked').value;
-      compare = document.querySelector('input[name=compare]:checked').value;
+      readChoices();
       draw();
     });
   }
@@ -588,7 +630,9 @@ function listenToView() {
   svg.addEventListener('mousemove', (event) => mark('hover', chartPosition(event)));
   svg.addEventListener('mouseleave', () => mark('hover', null));
   document.addEventListener('keydown', (event) => {
-    if (!view || event.target.closest('input, textarea, select')) return;
+    if (!view || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    const closes = event.key === 'Escape' && event.target.type === 'radio';
+    if (event.target.closest('input, textarea, select') && !closes) return;
     const keys = {ArrowLeft: () => step(-1), ArrowRight: () => step(1), Escape: close};
     if (keys[event.key]) {
       keys[event.key]();

@@ -3,6 +3,7 @@
 The page sends requests only to its own server.
 """
 
+import dataclasses
 import threading
 
 import pytest
@@ -108,3 +109,167 @@ def test_an_exported_view_needs_no_server(browser, explorer, problem, tmp_path):
   assert browser.run('return document.querySelectorAll("#inspector ol").length') == 2
   check_fits(browser)
   assert browser.messages() == [] and requested(browser) == []
+
+
+@pytest.fixture(scope='module')
+def exported(explorer, problem, tmp_path_factory):
+  """Returns the address of an exported view of two models."""
+  file = tmp_path_factory.mktemp('exported') / 'view.html'
+  file.write_text(page.exported(explorer.about(), {**problem, 'note': 'Only a part is shown.'}))
+  return file.as_uri()
+
+
+def test_the_page_of_one_model_shows_everything(browser, explorer, tmp_path):
+  one = dataclasses.replace(explorer, models=explorer.models[:1])
+  file = tmp_path / 'view.html'
+  file.write_text(page.exported(one.about(), one.text(TEXT)))
+  browser.open(file.as_uri())
+  for choice in ('probability', 'rank', 'entropy'):
+    click(browser, f'input[value={choice}]')
+    assert [text.replace('↵', '') for text in shown(browser)] == [TEXT]
+    assert browser.run('return document.querySelectorAll("#scale .ticks span").length') == 5
+    assert choice in browser.run('return document.querySelector("figcaption").textContent').replace('surprise', choice)
+  click(browser, '#panels .t')
+  assert browser.run('return document.querySelectorAll("#inspector ol").length') == 1
+  assert browser.messages() == []
+
+
+class Slow:
+  """The actions of an explorer, whose answers wait until `go` is set. `requests` are the names of all requests."""
+
+  def __init__(self, explorer):
+    self.go, self.requests = threading.Event(), []
+    self.actions = {name: self._slow(name, action) for name, action in command.actions(explorer).items()}
+
+  def _slow(self, name, action):
+    def answer(request):
+      self.requests.append(name)
+      assert name == 'about' or self.go.wait(60)
+      return action(request)
+    return answer
+
+
+@pytest.fixture
+def slow(browser, explorer):
+  """Opens a page whose first document isn't answered yet. Yields its server's actions, as Slow."""
+  slow = Slow(explorer)
+  with Server(page.served(), slow.actions) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    browser.open(server.url)
+    browser.wait('return document.getElementById("status").textContent.startsWith("computing")')
+    yield slow
+    slow.go.set()
+    server.shutdown()
+
+
+def focus(browser, selector):
+  browser.run('document.querySelector(arguments[0]).focus()', selector)
+
+
+def text_field(browser):
+  return browser.run('return document.getElementById("text").value')
+
+
+def answered(browser):
+  browser.wait('return document.getElementById("status").textContent == ""')
+
+
+def test_what_is_typed_during_a_request_is_kept_and_sends_no_second_one(browser, slow):
+  focus(browser, '#text')
+  for key in 'ab':
+    browser.press(key)
+  browser.press('Control', 'Enter')
+  slow.go.set()
+  browser.wait('return document.querySelectorAll("#panels .t").length')
+  answered(browser)
+  assert text_field(browser) == 'ab' and slow.requests == ['about', 'document']
+  slow.go.clear()
+  browser.press('Control', 'Enter')
+  browser.press('c')
+  slow.go.set()
+  answered(browser)
+  assert text_field(browser) == 'abc' and shown(browser) == ['ab', 'ab'] and slow.requests[2:] == ['text']
+  click(browser, '#open-document')
+  browser.wait('return document.getElementById("text").value.includes("Question")')  # unchanged since the request
+
+
+def test_enter_presses_the_button_of_its_field(browser, slow):
+  slow.go.set()
+  answered(browser)
+  browser.run('document.querySelector("details").open = true')
+  browser.run(FEW)
+  for field, name in {'document': 'document', 'problem': 'problem', 'seed': 'continue'}.items():
+    focus(browser, f'#{field}')
+    browser.press('Enter')
+    answered(browser)
+    assert slow.requests[-1] == name
+  assert slow.requests.count('text') == 0
+
+
+def test_look_does_not_depend_on_the_fields_of_sampling(browser, slow):
+  slow.go.set()
+  answered(browser)
+  browser.run('[["temperature", 0.75], ["top_p", 0.99]].forEach(([id, x]) => document.getElementById(id).value = x)')
+  click(browser, 'button.go')
+  answered(browser)
+  assert slow.requests[-1] == 'text'
+
+
+def inspected(browser):
+  return browser.run('return document.querySelector("#panels .t.chosen")?.dataset.i ?? null')
+
+
+def test_keys_choose_tokens_and_the_focus_stays(browser, exported):
+  browser.open(exported)
+  click(browser, '#panels .t[data-i="3"]')
+  for by, at in ((2, '4'), (2, '5'), (1, '4')):
+    focus(browser, f'#inspector .buttons button:nth-child({by})')
+    browser.press('Enter')
+    assert inspected(browser) == at
+    assert browser.run('return [...document.querySelectorAll("#inspector .buttons button")].indexOf('
+                       'document.activeElement)') == by - 1
+  browser.press('Right')
+  assert inspected(browser) == '5'
+  for modifier in ('Shift', 'Control'):
+    browser.press(modifier, 'Right')
+    assert inspected(browser) == '5'
+  focus(browser, 'input[value=entropy]')
+  browser.press('Escape')
+  assert inspected(browser) is None and browser.run('return document.getElementById("inspector").hidden')
+
+
+@pytest.mark.parametrize('measure, places', [
+  ('entropy', {'0.2': 0.166, '0.8': 0.381, '2': 0.660}), ('probability', {'50 %': 0.200, '10 %': 0.463, '1 %': 0.753}),
+  ('rank', {'4': 0.342, '20': 0.634, '60': 0.814})])
+def test_a_label_of_the_scale_is_where_its_colour_is(browser, exported, measure, places):
+  browser.open(exported)
+  click(browser, f'input[value={measure}]')
+  found = browser.run('const ramp = document.querySelector("#scale .ramp").getBoundingClientRect();'
+                      'return Object.fromEntries([...document.querySelectorAll("#scale .ticks span")].map((tick) => {'
+                      '  const box = tick.getBoundingClientRect();'
+                      '  return [tick.textContent, ((box.left + box.right) / 2 - ramp.left) / ramp.width]; }))')
+  assert {text: found[text] for text in places} == pytest.approx(places, abs=0.01)
+
+
+def test_differences_have_the_unit_of_their_measure(browser, exported):
+  browser.open(exported)
+  units = {'entropy': ('nat', 'factor'), 'probability': ('nat', 'factor'), 'rank': ('factor', 'nat')}
+  for measure, (unit, other) in units.items():
+    for compare in ('each', 'difference'):
+      click(browser, f'input[value={measure}]')
+      click(browser, f'input[value={compare}]')
+      texts = browser.run('return [...document.querySelectorAll("#verdict p.soft, figcaption")].map('
+                          '(node) => node.textContent).join(" ")')
+      assert unit in texts and f' {other}' not in texts, (measure, compare)
+
+
+def test_the_note_is_shown_and_restored_choices_count(browser, explorer, problem, exported, tmp_path):
+  browser.open(exported)
+  assert browser.run('return document.querySelector("#verdict .note").textContent') == 'Only a part is shown.'
+  text = page.exported(explorer.about(), problem).replace('value="entropy" checked', 'value="entropy"')
+  file = tmp_path / 'view.html'  # as a browser restores it
+  file.write_text(text.replace('value="rank"', 'value="rank" checked').replace('value="each" checked', 'value="each"')
+                  .replace('value="difference"', 'value="difference" checked'))
+  browser.open(file.as_uri())
+  assert len(shown(browser)) == 1
+  assert 'rank' in browser.run('return document.querySelector("#verdict p.soft").textContent')

@@ -10,6 +10,7 @@ import pytest
 
 from betarank.configs.errors import UserError
 from betarank.eval.explore import command, page, views
+from betarank.eval.explore.figures import figures
 from betarank.eval.loaded import Sampling
 from tests.eval.explore.conftest import FEW, TASK
 
@@ -35,6 +36,13 @@ def test_a_text_is_its_tokens_with_what_each_model_predicts(view, explorer):
     assert {str(t) for row in f['top'] for t in row} | {str(t) for t in prompt['tokens']} <= view['vocabulary'].keys()
 
 
+def test_figures_have_all_digits_that_the_page_shows(view, explorer):
+  for shown, loaded in zip(view['prompt']['figures'], explorer.models):
+    [exact] = figures(loaded, [view['prompt']['tokens']], explorer.top_k)
+    for name in ('logp', 'entropy', 'head', 'tail', 'top_logp'):
+      np.testing.assert_allclose(shown[name], getattr(exact, name), rtol=6e-6)
+
+
 def test_an_answer_has_a_verdict_and_the_figures_of_both_models(problem, explorer):
   assert [s['by'] for s in problem['samples']] == [0, 0, 1, 1] and problem['problem']['reference']
   for shown in problem['samples']:
@@ -48,7 +56,16 @@ def test_an_answer_has_a_verdict_and_the_figures_of_both_models(problem, explore
 
 def test_documents_are_those_of_the_validation_split(explorer):
   assert list(explorer.sources) == ['main'] and explorer.about()['sources']['main'] > 3
-  assert 'Question' in explorer.document('main', 2)['text']
+  whole = explorer.document('main', 2)
+  assert 'Question' in whole['text'] and whole['note'] == ''
+
+
+def test_a_document_that_is_cut_says_so(explorer, monkeypatch):
+  [tokens] = explorer.sources['main'].read([2])
+  monkeypatch.setattr(views, 'MOST_TOKENS', 16)
+  view = explorer.document('main', 2)
+  assert view['note'] == f'Only the first 8 of the {len(tokens)} tokens of this document are shown.'
+  assert view['text'] == explorer.models[0].tokenizer.decode(tokens[:8].tolist())
 
 
 @pytest.mark.parametrize('ask, words', [
@@ -105,7 +122,8 @@ def test_an_export_is_one_file_that_requests_nothing(explorer, problem):
 
 
 @pytest.mark.parametrize('flags, words', [
-  (['--export=x.html'], 'name what to show'), (['--text=x'], 'are for --export'), (['--top_k=-1'], '--top_k must be'),
+  (['--export=x.html'], 'name what to show'), (['--text=x'], '--text is for --export'),
+  (['--top_k=-1'], '--top_k must be'), (['--export=x.html', '--text=x', '--max_new_tokens=0'], '--max_new_tokens'),
   (['--export=x.html', '--text=x', '--problem=1'], 'name what to show'), ([], 'no checkpoint there')])
 def test_a_command_that_cannot_be_is_one_line(tmp_path, flags, words):
   with pytest.raises(UserError, match=words):

@@ -141,3 +141,11 @@ def test_arms_have_the_names_that_sweep_json_gives_them(tmp_path):
   sweep.make(folder.parent / 'another', arms=sweep.ARMS[:2], seeds=1)
   above = arms.read_sweep(folder.parent)  # a folder with several sweeps
   assert {'beta=0.0', 'beta=-0.25'} < set(above.arms)
+
+
+def test_arms_in_a_bucket_have_the_names_that_this_machine_recorded(bucket, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  sweep.run(bucket / 'one' / 'plain' / 'train', objective={}, seed=0, steps=2, entropy=1.0)
+  sweep.write(tmp_path / 'runs' / 'sweeps' / bucket.name / 'one' / 'sweep.json',
+              json.dumps({'points': {'plain/train': {'stage': 'train'}}}))
+  assert arms.read_sweep(bucket / 'one').arms == ['plain']
