@@ -33,7 +33,7 @@ _CHARACTERS = str.maketrans({
   '±': r'\pm ', '∓': r'\mp ', '′': "'", '’': "'", '∠': r'\angle ', '△': r'\triangle ', '⌊': r'\lfloor ',
   '⌋': r'\rfloor ', '⌈': r'\lceil ', '⌉': r'\rceil ', '⟨': '(', '⟩': ')', '∣': '|', '⊂': r'\subset ',
   '½': r'\frac{1}{2}', '⅓': r'\frac{1}{3}', '⅔': r'\frac{2}{3}', '¼': r'\frac{1}{4}', '¾': r'\frac{3}{4}',
-  '⅛': r'\frac{1}{8}', '…': r'\dots ', '€': r'\text{euro}', '£': r'\text{pound}',
+  '⅛': r'\frac{1}{8}', '…': r'\dots ', '€': r'\euro ', '£': r'\pound ',
   '\u00a0': '~', '\u2009': '~', '\u202f': '~', '\u2002': ' ', '\u2003': ' ', '\u200b': '', '\u2061': '',
 })
 
@@ -61,6 +61,7 @@ _SAME = {
   'overrightarrow': r'\vec', 'ddots': r'\dots', 'wedge': 'and', 'vee': 'or', 'land': 'and', 'lor': 'or', 'tg': r'\tan',
   'ctg': r'\cot', 'setminus': r'\setminus', 'backslash': r'\setminus', 'imath': 'i', 'Re': r'\Re', 'tan': r'\tan',
   'lg': r'\lg', 'log': r'\log', 'bmod': r'\bmod', 'mod': r'\bmod', 'pmod': r'\pmod', 'uppi': r'\pi',
+  'pounds': r'\pound',
 }
 FUNCTIONS = {
   'sin', 'cos', 'tan', 'cot', 'sec', 'csc', 'arcsin', 'arccos', 'arctan', 'arccot', 'sinh', 'cosh', 'tanh', 'coth',
@@ -74,13 +75,19 @@ _BARE = {
 }
 _WORDS = {
   'or', 'and', 'no', 'No', 'is', 'not', 'are', 'for', 'the', 'The', 'all', 'any', 'yes', 'Yes', 'one', 'two', 'six',
-  'ten', 'odd', 'DNE', 'min', 'max', 'mph', 'kph', 'day', 'kHz', 'MHz', 'mol', 'keV', 'MeV', 'kPa', 'rad', 'deg',
-  'usd', 'USD', 'pct',
+  'ten', 'odd', 'DNE', 'min', 'max', 'mph', 'MPH', 'kph', 'day', 'kHz', 'MHz', 'mol', 'keV', 'MeV', 'kPa', 'rad', 'deg',
+  'usd', 'USD', 'pct', 'per',
 }
-# _UNITS are words only after a number, and _PROSE only among other words. Elsewhere their letters are variables.
+# _UNITS are words only after a number, _NOUNS only after a number and a space, and _PROSE only among other words.
+# Elsewhere their letters are variables: 3 cup is a quantity, 3 abc is a product.
 _UNITS = {
   'cm', 'km', 'mm', 'dm', 'nm', 'kg', 'mg', 'ft', 'mi', 'hr', 'lb', 'oz', 'Hz', 'kJ', 'kW', 'kN', 'Pa', 'eV', 'ms',
-  'ml', 'mL', 'yd', 'in', 'am', 'pm', 'AU', 'sq', 'cu', 'gal', 'amu',
+  'ml', 'mL', 'yd', 'in', 'am', 'pm', 'AU', 'sq', 'cu', 'gal', 'amu', 'lbs', 'hrs', 'yrs', 'yds', 'kgs', 'kms', 'cms',
+}
+_NOUNS = {
+  'yr', 'men', 'man', 'cup', 'box', 'bag', 'can', 'jar', 'jug', 'pie', 'egg', 'pen', 'car', 'bus', 'van', 'dog', 'cat',
+  'pig', 'cow', 'hen', 'fox', 'bee', 'ant', 'boy', 'kid', 'toy', 'hat', 'cap', 'gem', 'key', 'tie', 'bar', 'row', 'lap',
+  'ton', 'nut', 'job', 'age', 'way', 'win', 'pts', 'pcs',
 }
 _PROSE = {'so', 'So', 'it', 'It', 'of', 'to', 'in', 'at', 'we', 'We', 'if', 'an', 'as', 'be', 'by', 'our', 'its', 'sum',
           'has'}
@@ -177,7 +184,8 @@ def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
   previous = tokens[-1] if tokens else ''
   after_number = previous in ('}', ')', "'sq") or (previous and is_number(previous))
   among_words = _FOLLOWED.match(text, start) or is_word(previous)
-  known = run in _WORDS or (run in _UNITS and after_number) or (run in _PROSE and among_words)
+  noun = run in _NOUNS and after_number and (text[start - 1].isspace() or text[start - 1] == '~')
+  known = run in _WORDS or (run in _UNITS and after_number) or noun or (run in _PROSE and among_words)
   if in_text or known or (len(run) >= 4 and not run.isupper()):
     tokens.append("'" + word)
     return start + len(word)

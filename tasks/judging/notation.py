@@ -248,8 +248,9 @@ class _Reader:
     return Digits(tuple(tokens), digits.lstrip('0') or '0', base)
 
   def _clock(self, tokens: list[str]) -> Reading | None:
-    half = tokens[-1][1:].lower() if is_word(tokens[-1]) else ''
-    found = re.fullmatch(r'(\d{1,2})(?::(\d{2}))?', ''.join(tokens[:-1])) if half in ('am', 'pm') else None
+    letters = 1 if is_word(tokens[-1]) else 2  # 4:00 PM ends with two letters
+    half = ''.join(tokens[-letters:]).lstrip("'").lower()
+    found = re.fullmatch(r'(\d{1,2})(?::(\d{2}))?', ''.join(tokens[:-letters])) if half in ('am', 'pm') else None
     if found is None or not 1 <= int(found[1]) <= 12:
       return None
     return Clock(tuple(tokens), 60 * (int(found[1]) % 12 + 12 * (half == 'pm')) + int(found[2] or 0))
