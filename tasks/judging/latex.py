@@ -116,6 +116,7 @@ _DOUBLED = re.compile(r'\\\\([A-Za-z]+)')
 _SUPERSCRIPTS = str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹⁻', '0123456789-')
 _RAISED = re.compile('[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+')
 _LAST_LETTER = re.compile(r'(?<=\d)(?:\s|~|\\[,;: ])+([msgLJNWVK])(?=[\s.$]*$)')  # in 5 m it is a unit; 5m is a product
+_LABEL = re.compile(r'\A\s*([A-Z])[.)]\s+(?=\S)')  # C) 7 or C. 7 is the choice (C) 7
 _LEADING_DOLLAR = re.compile(r'\s*-?\s*\$\s*[\d.]')
 
 
@@ -142,7 +143,7 @@ def tokenize(text: str) -> list[str]:
   text = text.replace(r'\$', r'\dollar ')
   if text.count('$') % 2 and _LEADING_DOLLAR.match(text):  # $5 is money, $5$ is mathematics
     text = text.replace('$', r'\dollar ', 1)
-  text = _TIMES_TEN.sub(r'\\times ', text.replace('$', ' '))
+  text = _TIMES_TEN.sub(r'\\times ', _LABEL.sub(r'(\1) ', text.replace('$', ' ')))
   tokens: list[str] = []
   _scan(text, tokens, in_text=False)
   _match_brackets(tokens)

@@ -294,7 +294,8 @@ class _Reader:
     except Unsupported:
       return Value(tuple(tokens), None, unit)
     except Unreadable:
-      if any(is_word(t) for t in tokens):
+      choice = tokens[:1] == ['('] and tokens[1].isupper() and tokens[2:3] == [')']  # (C) $7
+      if choice or any(is_word(t) for t in tokens):
         return Words(tuple(tokens))
       raise
 
