@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from betarank.tasks.judging.expressions import Node, precision, symbols, walk
@@ -21,8 +21,8 @@ _MAX_BITS = 2**18  # the largest size of an exact number
 _MAX_EXPONENT = 10**6
 _MAX_FACTORIAL = 3000  # larger factorials are computed approximately
 _INTEGER_LETTERS = set('nmkpqjlNMK')
-_SCALES = (8, 9, 64, 71, 512, 569)  # of the additional points for the functions below
 _PIECEWISE = {'abs', 'floor', 'ceil', 'max', 'min'}  # functions that are simple between the places where they change
+_GROWING = {'exp', 'factorial', 'binomial', 'sinh', 'cosh'}
 # From so many digits on, a decimal in the gold stands for all numbers that round to it, and one in the answer for all
 # numbers that it is close to.
 GOLD_DIGITS, ANSWER_DIGITS = 4, 6
@@ -164,8 +164,7 @@ def _points(names: list[str], *nodes: Node, signs: bool = False) -> list[dict[st
     return [{}]
   place = lambda name, i: Fraction(zlib.crc32(f'{i}/{name}'.encode()) % 99_991 + 30_011, 50_021)
   points = [{name: place(name, i) for name in names} for i in range(_POINTS)]
-  if _calls(_PIECEWISE, *nodes):
-    points += [{name: place(name, i) * scale for name in names} for i, scale in enumerate(_SCALES, _POINTS)]
+  points += [{name: place(name, i) * scale for name in names} for i, scale in enumerate(_scales(nodes), _POINTS)]
   if signs or _calls({'abs', 'max', 'min'}, *nodes):
     points += [{name: -value for name, value in point.items()} for point in points]
   return points
@@ -175,9 +174,20 @@ def _integer_points(names: list[str], *nodes: Node) -> list[dict[str, Fraction]]
   """Returns points as `_points` does, with integers from 2 to 12, or larger ones too."""
   values = list(itertools.islice(itertools.cycle((7, 4, 12, 5, 9, 2, 11, 6, 3, 8)), len(names) + 10))
   points = [{name: Fraction(values[i + shift]) for i, name in enumerate(names)} for shift in range(10)]
-  if _calls(_PIECEWISE, *nodes):
-    points += [{name: value * scale + i for name, value in points[i].items()} for i, scale in enumerate(_SCALES)]
-  return points
+  return points + [{name: value * scale + i for name, value in points[i].items()}
+                   for i, scale in enumerate(_scales(nodes))]
+
+
+def _scales(nodes: Sequence[Node]) -> tuple[int, ...]:
+  """Returns by how much larger the values at additional points are, one scale per point; () if no points are needed.
+
+  They are needed for piecewise functions. They are small for powers and factorials, which would lose their last digits.
+  """
+  if not _calls(_PIECEWISE, *nodes):
+    return ()
+  powers = any(node.op == 'pow' and symbols(node.args[1]) and exact(node.args[0]) != -1
+               for side in nodes for node in walk(side))
+  return (2, 3) if powers or _calls(_GROWING, *nodes) else (8, 9, 64, 71, 512, 569)
 
 
 def check(node: Node) -> None:
