@@ -115,7 +115,8 @@ _ASCII_OPERATORS = (('<=', r'\le '), ('>=', r'\ge '), (' != ', r' \ne '), ('==',
 _DOUBLED = re.compile(r'\\\\([A-Za-z]+)')
 _SUPERSCRIPTS = str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹⁻', '0123456789-')
 _RAISED = re.compile('[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+')
-_LAST_LETTER = re.compile(r'(?<=\d)(?:\s|~|\\[,;: ])+([msgLJNWVK])(?=[\s.$]*$)')  # in 5 m it is a unit; 5m is a product
+# In 5 m or 5 m/s, these letters at the end are a unit; 5m is a product.
+_LAST_UNIT = re.compile(r'(?<=\d)(?:\s|~|\\[,;: ])+(m/s|[msgLJNWVK])(?=[\s.$]*$)')
 _LABEL = re.compile(r'\A\s*([A-Z])[.)]\s+(?=\S)')  # C) 7 or C. 7 is the choice (C) 7
 _LEADING_DOLLAR = re.compile(r'\s*-?\s*\$\s*[\d.]')
 
@@ -135,7 +136,7 @@ def tokenize(text: str) -> list[str]:
   if len(text) > MAX_CHARS:
     raise Unreadable('it is too long')
   text = _RAISED.sub(lambda found: f'^{{{found[0].translate(_SUPERSCRIPTS)}}}', text)
-  text = _LAST_LETTER.sub(r'\\text{\1}', _MODULES.sub('', text.translate(_CHARACTERS)))
+  text = _LAST_UNIT.sub(r'\\text{\1}', _MODULES.sub('', text.translate(_CHARACTERS)))
   if r'\begin' not in text:  # the text may be escaped twice, like JSON in JSON
     text = _DOUBLED.sub(lambda found: found[0][1:] if found[1] in _COMMANDS else found[0], text)
   for written, meant in _ASCII_OPERATORS:
@@ -187,7 +188,8 @@ def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
   among_words = _FOLLOWED.match(text, start) or is_word(previous)
   noun = run in _NOUNS and after_number and (text[start - 1].isspace() or text[start - 1] == '~')
   known = run in _WORDS or (run in _UNITS and after_number) or noun or (run in _PROSE and among_words)
-  if in_text or known or (len(run) >= 4 and not run.isupper()):
+  of_unit = previous == '/' and is_word(''.join(tokens[-2:-1]))  # h in km/h
+  if in_text or known or of_unit or (len(run) >= 4 and not run.isupper()):
     tokens.append("'" + word)
     return start + len(word)
   tokens.extend(run)
