@@ -450,7 +450,7 @@ class _Parser:
       if name in ('triangle', 'angle'):
         while self.next.isalpha() and len(self.next) == 1:
           name += ' ' + self._symbol().args[0]
-    elif token.startswith('\\') and token not in _RELATIONS:
+    elif token.startswith('\\') and token not in _RELATIONS and token not in _NO_FACTOR:
       raise Unsupported(f'{token} is not known here')
     else:
       raise Unreadable(f'{token!r} is out of place')

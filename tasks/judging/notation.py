@@ -15,7 +15,17 @@ from fractions import Fraction
 
 from betarank.tasks.judging import expressions, values, wording
 from betarank.tasks.judging.expressions import Node
-from betarank.tasks.judging.latex import Unreadable, Unsupported, at_top, is_word, match_of, spelled, split_at, tokenize
+from betarank.tasks.judging.latex import (
+  Unreadable,
+  Unsupported,
+  at_top,
+  is_number,
+  is_word,
+  match_of,
+  spelled,
+  split_at,
+  tokenize,
+)
 from betarank.tasks.judging.names import name_of
 from betarank.tasks.judging.quantities import split_unit
 from betarank.tasks.judging.readings import (
@@ -282,7 +292,8 @@ class _Reader:
     return Many(tuple(tokens), tuple(items), 'list')
 
   def _value(self, tokens: list[str]) -> Reading:
-    scale = next((i for i, t in enumerate(tokens) if i and t.lower() in wording.POWERS_OF_TEN), None)
+    scale = next((i for i, (last, t) in enumerate(itertools.pairwise(tokens), 1)
+                  if t.lower() in wording.POWERS_OF_TEN and (is_number(last) or last in ('}', ')'))), None)
     if scale:  # 1.5 million, $2 million
       zeros = str(wording.POWERS_OF_TEN[tokens[scale].lower()])
       tokens = [*tokens[:scale], r'\cdot', '10', '^', zeros, *tokens[scale + 1:]]
