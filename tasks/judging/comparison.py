@@ -118,6 +118,13 @@ def _parts(reading: Reading) -> Iterator[Reading]:
       yield from _parts(part)
 
 
+_VALUE = {r'\frac', r'\sqrt', r'\pi', r'\dollar'}  # commands that may begin the value of a choice
+# These match tokens with a space between two. A letter in \text is a word, so it begins with a quote.
+_CHOICE = re.compile(r"\( ('?[A-Z]) \) ?(.*)|('?[A-Z])")
+_ANOTHER = re.compile(r"(?:^|\( |[,;/=|] |'or |'and )'?[A-Z](?: \)| [,;/=|]| 'or| 'and|$)|(?:^| )'?[A-Z] \.|"
+                      r"^(?:'or|'and|[,;/=|]) ")
+
+
 class _Comparison(ValueRules):
   """Compares two readings (parsed answers, see readings.py) by the first rule that applies to them.
 
@@ -129,8 +136,8 @@ class _Comparison(ValueRules):
     """Returns whether the answer means the same as the gold; None if this can't be decided."""
     if gold.tokens and gold.tokens == answer.tokens:
       return self.decide(True, 'the same notation')
-    for rule in (self._words, self._unparsed, self._empty, self._digits, self._residues, self._families, self._clocks,
-                 self._regions, self._named, self._lists, self._relations, self._matrices, self._ratios,
+    for rule in (self._choices, self._words, self._unparsed, self._empty, self._digits, self._residues, self._families,
+                 self._clocks, self._regions, self._named, self._lists, self._relations, self._matrices, self._ratios,
                  self.quantities):
       decided = rule(gold, answer)
       if decided is not NotImplemented:
@@ -138,6 +145,13 @@ class _Comparison(ValueRules):
     return self.decide(False, f'the gold is a {gold.kind}, the answer a {answer.kind}')
 
   # Words, nothing
+
+  def _choices(self, gold: Reading, answer: Reading):
+    """Compares the letters of multiple-choice answers, such as C, (C), or (C) 7, if the gold is only a letter."""
+    letter = _choice(gold)
+    if not letter or letter != ''.join(gold.tokens).strip("(').{}") or letter != _choice(answer):
+      return NotImplemented
+    return self.decide(True, 'the same choice')
 
   def _words(self, gold: Reading, answer: Reading):
     if not isinstance(gold, Words) and not isinstance(answer, Words):
@@ -425,14 +439,17 @@ def _all(verdicts: Sequence[bool | None]) -> bool | None:
 
 
 def _choice(reading: Reading) -> str:
-  """Returns the letter of a multiple-choice answer such as C, (C), or (C) 5; '' if the answer isn't multiple choice."""
-  letters = [t for t in reading.tokens if t not in '().:{}']
-  if letters and len(letters[0].lstrip("'")) == 1 and letters[0].lstrip("'").isupper() and (
-      len(letters) == 1 or ')' in reading.tokens[:3]):
-    return letters[0].lstrip("'")
-  if len(letters) == 2 and letters[0].lower() in ("'option", "'choice"):
-    return letters[1].lstrip("'")
-  return ''
+  """Returns the letter of a multiple-choice answer such as C, (C), or (C) 5; '' if the answer isn't multiple choice.
+
+  It isn't if it has another answer too, such as (C) or (D), or if the letter is a variable, as in (N)(N-1) or (N) < 5.
+  """
+  found = _CHOICE.fullmatch(' '.join(token for token in reading.tokens if token not in ('{', '}')))
+  if found is None or (found[2] and _ANOTHER.search(found[2])):
+    return ''
+  letter, rest = found[1] or found[3], (found[2] or '').split()
+  if rest and letter[0] != "'" and (letter in rest or not (re.match("[A-Za-z0-9'.]", rest[0]) or rest[0] in _VALUE)):
+    return ''
+  return letter.lstrip("'")
 
 
 def _is_time(reading: Ratio) -> bool:

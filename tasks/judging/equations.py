@@ -30,7 +30,8 @@ def claim(reading: Reading) -> Claim | None:
   r"""Returns the name and the values in an equation or a chain of equations.
 
   Examples are `x = 3`, `3 = x`, `x = 1 + 2 = 3`, `1/3 \approx 0.333` and `x \in \{1, 2\}`. Returns None for other
-  readings (parsed answers), and for chains whose values differ, such as `x = 8 = 7`.
+  readings (parsed answers), for chains whose values differ, such as `x = 8 = 7`, and for chains with several
+  approximations, because each would be one more guess.
   """
   if not isinstance(reading, Relation) or None in reading.sides:
     return None
@@ -38,7 +39,7 @@ def claim(reading: Reading) -> Claim | None:
   name = name_of(sides[0])
   if operators == [r'\in'] and isinstance(sides[1], Many):
     return Claim(name, (sides[1],)) if name else None
-  if not set(operators) <= _EQUALS:
+  if not set(operators) <= _EQUALS or operators.count(r'\approx') > 1:
     return None
   if len(sides) == 2 and isinstance(sides[0], Many) and isinstance(sides[1], Many) and sides[0].kind == 'pair':
     return Claim(Name(''.join(sides[0].tokens)), (sides[1],))  # (x, y) = (1, 2)
@@ -56,12 +57,14 @@ def claim(reading: Reading) -> Claim | None:
 
 
 def _agrees(value: Reading, side: Reading, rounded: bool) -> bool:
-  """Returns whether two sides of a chain of equations have the same value.
+  """Returns whether two sides of a chain of equations have the same value, in the same unit if both have a unit.
 
   rounded: whether `side` may also be `value` rounded to as many digits as `side` has.
   """
-  nodes = [part.node if isinstance(part, Value) else None for part in (value, side)]
-  if None in nodes:
+  if not isinstance(value, Value) or not isinstance(side, Value):
+    return False
+  nodes = value.node, side.node
+  if None in nodes or (value.unit and side.unit and value.unit[:2] != side.unit[:2]):
     return False
   if values.equal(*nodes) or values.near(*nodes):
     return True

@@ -34,7 +34,7 @@ GREEK = {
 _ACCENTS = {'bar', 'vec', 'hat', 'tilde', 'overline', 'mathring', 'acute', 'check'}
 _SHORT = {'asin': 'arcsin', 'acos': 'arccos', 'atan': 'arctan', 'lg': 'log10'}
 _DOTS = {r'\dot': 1, r'\ddot': 2, r'\dddot': 3}
-_NO_FACTOR = {r'\choose', r'\over', *'+-/:=<>,;|&^_!%.?"~`@#' "'", r'\dollar', '\\\\'}
+_NO_FACTOR = {r'\choose', r'\over', *'+-/:=<>,;|&^_!%.?"~`@#' "'", r'\dollar', r'\euro', r'\pound', '\\\\'}
 _RELATIONS = {
   '=', '<', '>', r'\le', r'\ge', r'\ne', r'\approx', r'\equiv', r'\in', r'\to', r'\Rightarrow', r'\sim', r'\cong',
   r'\cup', r'\cap', r'\subset', r'\setminus', r'\pm', r'\mp',
@@ -450,7 +450,7 @@ class _Parser:
       if name in ('triangle', 'angle'):
         while self.next.isalpha() and len(self.next) == 1:
           name += ' ' + self._symbol().args[0]
-    elif token.startswith('\\') and token not in _RELATIONS:
+    elif token.startswith('\\') and token not in _RELATIONS and token not in _NO_FACTOR:
       raise Unsupported(f'{token} is not known here')
     else:
       raise Unreadable(f'{token!r} is out of place')

@@ -33,7 +33,7 @@ _CHARACTERS = str.maketrans({
   '±': r'\pm ', '∓': r'\mp ', '′': "'", '’': "'", '∠': r'\angle ', '△': r'\triangle ', '⌊': r'\lfloor ',
   '⌋': r'\rfloor ', '⌈': r'\lceil ', '⌉': r'\rceil ', '⟨': '(', '⟩': ')', '∣': '|', '⊂': r'\subset ',
   '½': r'\frac{1}{2}', '⅓': r'\frac{1}{3}', '⅔': r'\frac{2}{3}', '¼': r'\frac{1}{4}', '¾': r'\frac{3}{4}',
-  '⅛': r'\frac{1}{8}', '…': r'\dots ', '€': r'\text{euro}', '£': r'\text{pound}',
+  '⅛': r'\frac{1}{8}', '…': r'\dots ', '€': r'\euro ', '£': r'\pound ',
   '\u00a0': '~', '\u2009': '~', '\u202f': '~', '\u2002': ' ', '\u2003': ' ', '\u200b': '', '\u2061': '',
 })
 
@@ -61,6 +61,7 @@ _SAME = {
   'overrightarrow': r'\vec', 'ddots': r'\dots', 'wedge': 'and', 'vee': 'or', 'land': 'and', 'lor': 'or', 'tg': r'\tan',
   'ctg': r'\cot', 'setminus': r'\setminus', 'backslash': r'\setminus', 'imath': 'i', 'Re': r'\Re', 'tan': r'\tan',
   'lg': r'\lg', 'log': r'\log', 'bmod': r'\bmod', 'mod': r'\bmod', 'pmod': r'\pmod', 'uppi': r'\pi',
+  'pounds': r'\pound',
 }
 FUNCTIONS = {
   'sin', 'cos', 'tan', 'cot', 'sec', 'csc', 'arcsin', 'arccos', 'arctan', 'arccot', 'sinh', 'cosh', 'tanh', 'coth',
@@ -74,13 +75,19 @@ _BARE = {
 }
 _WORDS = {
   'or', 'and', 'no', 'No', 'is', 'not', 'are', 'for', 'the', 'The', 'all', 'any', 'yes', 'Yes', 'one', 'two', 'six',
-  'ten', 'odd', 'DNE', 'min', 'max', 'mph', 'kph', 'day', 'kHz', 'MHz', 'mol', 'keV', 'MeV', 'kPa', 'rad', 'deg',
-  'usd', 'USD', 'pct',
+  'ten', 'odd', 'DNE', 'min', 'max', 'mph', 'MPH', 'kph', 'day', 'kHz', 'MHz', 'mol', 'keV', 'MeV', 'kPa', 'rad', 'deg',
+  'usd', 'USD', 'pct', 'per',
 }
-# _UNITS are words only after a number, and _PROSE only among other words. Elsewhere their letters are variables.
+# _UNITS are words only after a number, _NOUNS only after a number and a space, and _PROSE only among other words.
+# Elsewhere their letters are variables: 3 cup is a quantity, 3 abc is a product.
 _UNITS = {
   'cm', 'km', 'mm', 'dm', 'nm', 'kg', 'mg', 'ft', 'mi', 'hr', 'lb', 'oz', 'Hz', 'kJ', 'kW', 'kN', 'Pa', 'eV', 'ms',
-  'ml', 'mL', 'yd', 'in', 'am', 'pm', 'AU', 'sq', 'cu', 'gal', 'amu',
+  'ml', 'mL', 'yd', 'in', 'am', 'pm', 'AU', 'sq', 'cu', 'gal', 'amu', 'lbs', 'hrs', 'yrs', 'yds', 'kgs', 'kms', 'cms',
+}
+_NOUNS = {
+  'yr', 'men', 'man', 'cup', 'box', 'bag', 'can', 'jar', 'jug', 'pie', 'egg', 'pen', 'car', 'bus', 'van', 'dog', 'cat',
+  'pig', 'cow', 'hen', 'fox', 'bee', 'ant', 'boy', 'kid', 'toy', 'hat', 'cap', 'gem', 'key', 'tie', 'bar', 'row', 'lap',
+  'ton', 'nut', 'job', 'age', 'way', 'win', 'pts', 'pcs',
 }
 _PROSE = {'so', 'So', 'it', 'It', 'of', 'to', 'in', 'at', 'we', 'We', 'if', 'an', 'as', 'be', 'by', 'our', 'its', 'sum',
           'has'}
@@ -108,7 +115,9 @@ _ASCII_OPERATORS = (('<=', r'\le '), ('>=', r'\ge '), (' != ', r' \ne '), ('==',
 _DOUBLED = re.compile(r'\\\\([A-Za-z]+)')
 _SUPERSCRIPTS = str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹⁻', '0123456789-')
 _RAISED = re.compile('[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+')
-_LAST_LETTER = re.compile(r'(?<=\d)(?:\s|~|\\[,;: ])+([msgLJNWVK])(?=[\s.$]*$)')  # in 5 m it is a unit; 5m is a product
+# In 5 m or 5 m/s, these letters at the end are a unit; 5m is a product.
+_LAST_UNIT = re.compile(r'(?<=\d)(?:\s|~|\\[,;: ])+(m/s|[msgLJNWVK])(?=[\s.$]*$)')
+_LABEL = re.compile(r'\A\s*([A-Z])[.)]\s+(?=\S)')  # C) 7 or C. 7 is the choice (C) 7
 _LEADING_DOLLAR = re.compile(r'\s*-?\s*\$\s*[\d.]')
 
 
@@ -127,7 +136,7 @@ def tokenize(text: str) -> list[str]:
   if len(text) > MAX_CHARS:
     raise Unreadable('it is too long')
   text = _RAISED.sub(lambda found: f'^{{{found[0].translate(_SUPERSCRIPTS)}}}', text)
-  text = _LAST_LETTER.sub(r'\\text{\1}', _MODULES.sub('', text.translate(_CHARACTERS)))
+  text = _LAST_UNIT.sub(r'\\text{\1}', _MODULES.sub('', text.translate(_CHARACTERS)))
   if r'\begin' not in text:  # the text may be escaped twice, like JSON in JSON
     text = _DOUBLED.sub(lambda found: found[0][1:] if found[1] in _COMMANDS else found[0], text)
   for written, meant in _ASCII_OPERATORS:
@@ -135,7 +144,7 @@ def tokenize(text: str) -> list[str]:
   text = text.replace(r'\$', r'\dollar ')
   if text.count('$') % 2 and _LEADING_DOLLAR.match(text):  # $5 is money, $5$ is mathematics
     text = text.replace('$', r'\dollar ', 1)
-  text = _TIMES_TEN.sub(r'\\times ', text.replace('$', ' '))
+  text = _TIMES_TEN.sub(r'\\times ', _LABEL.sub(r'(\1) ', text.replace('$', ' ')))
   tokens: list[str] = []
   _scan(text, tokens, in_text=False)
   _match_brackets(tokens)
@@ -177,8 +186,10 @@ def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
   previous = tokens[-1] if tokens else ''
   after_number = previous in ('}', ')', "'sq") or (previous and is_number(previous))
   among_words = _FOLLOWED.match(text, start) or is_word(previous)
-  known = run in _WORDS or (run in _UNITS and after_number) or (run in _PROSE and among_words)
-  if in_text or known or (len(run) >= 4 and not run.isupper()):
+  noun = run in _NOUNS and after_number and (text[start - 1].isspace() or text[start - 1] == '~')
+  known = run in _WORDS or (run in _UNITS and after_number) or noun or (run in _PROSE and among_words)
+  of_unit = previous == '/' and is_word(''.join(tokens[-2:-1]))  # h in km/h
+  if in_text or known or of_unit or (len(run) >= 4 and not run.isupper()):
     tokens.append("'" + word)
     return start + len(word)
   tokens.extend(run)

@@ -15,7 +15,17 @@ from fractions import Fraction
 
 from betarank.tasks.judging import expressions, values, wording
 from betarank.tasks.judging.expressions import Node
-from betarank.tasks.judging.latex import Unreadable, Unsupported, at_top, is_word, match_of, spelled, split_at, tokenize
+from betarank.tasks.judging.latex import (
+  Unreadable,
+  Unsupported,
+  at_top,
+  is_number,
+  is_word,
+  match_of,
+  spelled,
+  split_at,
+  tokenize,
+)
 from betarank.tasks.judging.names import name_of
 from betarank.tasks.judging.quantities import split_unit
 from betarank.tasks.judging.readings import (
@@ -248,8 +258,9 @@ class _Reader:
     return Digits(tuple(tokens), digits.lstrip('0') or '0', base)
 
   def _clock(self, tokens: list[str]) -> Reading | None:
-    half = tokens[-1][1:].lower() if is_word(tokens[-1]) else ''
-    found = re.fullmatch(r'(\d{1,2})(?::(\d{2}))?', ''.join(tokens[:-1])) if half in ('am', 'pm') else None
+    letters = 1 if is_word(tokens[-1]) else 2  # 4:00 PM ends with two letters
+    half = ''.join(tokens[-letters:]).lstrip("'").lower()
+    found = re.fullmatch(r'(\d{1,2})(?::(\d{2}))?', ''.join(tokens[:-letters])) if half in ('am', 'pm') else None
     if found is None or not 1 <= int(found[1]) <= 12:
       return None
     return Clock(tuple(tokens), 60 * (int(found[1]) % 12 + 12 * (half == 'pm')) + int(found[2] or 0))
@@ -281,7 +292,8 @@ class _Reader:
     return Many(tuple(tokens), tuple(items), 'list')
 
   def _value(self, tokens: list[str]) -> Reading:
-    scale = next((i for i, t in enumerate(tokens) if i and t.lower() in wording.POWERS_OF_TEN), None)
+    scale = next((i for i, (last, t) in enumerate(itertools.pairwise(tokens), 1)
+                  if t.lower() in wording.POWERS_OF_TEN and (is_number(last) or last in ('}', ')'))), None)
     if scale:  # 1.5 million, $2 million
       zeros = str(wording.POWERS_OF_TEN[tokens[scale].lower()])
       tokens = [*tokens[:scale], r'\cdot', '10', '^', zeros, *tokens[scale + 1:]]
@@ -293,7 +305,8 @@ class _Reader:
     except Unsupported:
       return Value(tuple(tokens), None, unit)
     except Unreadable:
-      if any(is_word(t) for t in tokens):
+      choice = tokens[:1] == ['('] and tokens[1].isupper() and tokens[2:3] == [')']  # (C) $7
+      if choice or any(is_word(t) for t in tokens):
         return Words(tuple(tokens))
       raise
 

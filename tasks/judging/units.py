@@ -9,16 +9,17 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from betarank.tasks.judging.latex import is_word
+from betarank.tasks.judging.wording import number_in_words
 
 _BASE = {
   'metre': ('length', 1, 'm meter metre'), 'inch': ('length', Fraction('0.0254'), 'in inch'),
-  'foot': ('length', Fraction('0.3048'), 'ft foot feet'), 'yard': ('length', Fraction('0.9144'), 'yd yard'),
+  'foot': ('length', Fraction('0.3048'), 'ft foot feet'), 'yard': ('length', Fraction('0.9144'), 'yd yds yard'),
   'mile': ('length', Fraction('1609.344'), 'mi mile'), 'angstrom': ('length', Fraction(1, 10**10), 'angstrom'),
   'light year': ('length', Fraction(9460730472580800), 'lightyear ly'), 'parsec': ('parsecs', 1, 'pc parsec'),
-  'second': ('time', 1, 's sec second'), 'minute': ('time', 60, 'min minute'), 'hour': ('time', 3600, 'h hr hour'),
+  'second': ('time', 1, 's sec second'), 'minute': ('time', 60, 'min minute'), 'hour': ('time', 3600, 'h hr hrs hour'),
   'day': ('time', 86400, 'd day'), 'week': ('time', 604800, 'week'), 'month': ('months', 1, 'month'),
-  'year': ('months', 12, 'yr year'),
-  'gram': ('mass', Fraction(1, 1000), 'g gram gramme'), 'pound': ('mass', Fraction('0.45359237'), 'lb pound'),
+  'year': ('months', 12, 'yr yrs year'),
+  'gram': ('mass', Fraction(1, 1000), 'g gram gramme'), 'pound': ('mass', Fraction('0.45359237'), 'lb lbs pound'),
   'ounce': ('mass', Fraction('0.028349523125'), 'oz ounce'), 'tonne': ('mass', 1000, 'tonne'),
   'ton': ('tons', 1, 'ton'), 'litre': ('length3', Fraction(1, 1000), 'l L liter litre'),
   'gallon': ('gallons', 1, 'gal gallon'), 'hectare': ('length2', 10000, 'ha hectare'), 'acre': ('acres', 1, 'acre'),
@@ -45,7 +46,7 @@ _REFUSED = {
   'when', 'but', 'except', 'where', 'for', 'with', 'about', 'approximately', 'then', 'incorrect', 'plus', 'minus',
   'times', 'from', 'to', 'between', 'mod', 'base', 'squared', 'i', 'we', 'it', 'they', 'cannot', 'never', 'maybe',
   'otherwise', 'over', 'under', 'up', 'down', 'answer', 'both', 'either', 'neither', 'nor', 'because', 'since', 'so',
-  'thus',
+  'thus', 'loss', 'losses', 'debt', 'deficit', 'factorial', 'divided',
 }
 # Letters that may be units even without \text.
 SINGLE_LETTERS = {'m', 's', 'g', 'h', 'l', 'L', 'J', 'N', 'W', 'V', 'A', 'K', 'd'}
@@ -147,12 +148,12 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
       name, change, entry_power, entry_factor = last
       dimensions[name] += change * (exponent - 1) * entry_power
       factor *= entry_factor ** (change * (exponent - 1))
-    elif word in _TABLE:
-      name, entry_power, entry_factor = _TABLE[word]
+    elif entry := _TABLE.get(word) or (len(word) > 2 and _TABLE.get(word.lower())):
+      name, entry_power, entry_factor = entry
       dimensions[name] = dimensions.get(name, 0) + sign * power * entry_power
       factor *= entry_factor ** (sign * power)
       last, power = (name, sign, entry_power, entry_factor), 1
-    elif re.fullmatch("[A-Za-z'-]+", word) and word.lower() not in _REFUSED:
+    elif re.fullmatch("[A-Za-z'-]+", word) and word.lower() not in _REFUSED and number_in_words([word]) in (None, 1):
       nouns += 1
       if word.lower() not in _EMPTY:
         unknown.append(_singular(word.lower()))
@@ -189,6 +190,5 @@ def _singular(word: str) -> str:
   return word[:-1] if word.endswith('s') and len(word) > 3 else word
 
 
-DOLLAR = Unit((('dollars', 1),), Fraction(1), '$')
 DEGREE = Unit((('degrees', 1),), Fraction(1), 'degrees')
 PERCENT = Unit((('percent', 1),), Fraction(1), '%')

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from betarank.tasks.judging.expressions import Node, precision, symbols, walk
@@ -20,7 +20,9 @@ _POINTS = 3
 _MAX_BITS = 2**18  # the largest size of an exact number
 _MAX_EXPONENT = 10**6
 _MAX_FACTORIAL = 3000  # larger factorials are computed approximately
-_INTEGER_LETTERS = set('nmkpqrjlNMKtab')
+_INTEGER_LETTERS = set('nmkpqjlNMK')
+_PIECEWISE = {'abs', 'floor', 'ceil', 'max', 'min'}  # functions that are simple between the places where they change
+_GROWING = {'exp', 'factorial', 'binomial', 'sinh', 'cosh'}
 # From so many digits on, a decimal in the gold stands for all numbers that round to it, and one in the answer for all
 # numbers that it is close to.
 GOLD_DIGITS, ANSWER_DIGITS = 4, 6
@@ -124,14 +126,15 @@ def equal(a: Node, b: Node) -> bool:
 
 def _equal(a: Node, b: Node, base: int | None) -> bool:
   names = sorted(symbols(a) | symbols(b))
-  if all(_agree(a, b, point, base) for point in _points(names, _needs_signs(a, b))):
+  if all(_agree(a, b, point, base) for point in _points(names, a, b)):
     return True
   return bool(names) and _over_integers(a, b) and all(
-    _agree(a, b, point, base) for point in _integer_points(names))
+    _agree(a, b, point, base) for point in _integer_points(names, a, b))
 
 
-def _needs_signs(a: Node, b: Node) -> bool:
-  return any(node.op == 'call' and node.args[0] == 'abs' for side in (a, b) for node in walk(side))
+def _calls(names: set[str], *nodes: Node) -> bool:
+  """Returns whether one of the expressions calls one of the functions."""
+  return any(node.op == 'call' and node.args[0] in names for side in nodes for node in walk(side))
 
 
 def _over_integers(a: Node, b: Node) -> bool:
@@ -142,33 +145,55 @@ def _over_integers(a: Node, b: Node) -> bool:
   """
   if not (symbols(a) | symbols(b)) <= _INTEGER_LETTERS:
     return False
-  return any(
-    (node.op == 'call' and node.args[0] in ('floor', 'ceil', 'factorial', 'binomial', 'cos', 'sin'))
-    or (node.op == 'pow' and exact(node.args[0]) is not None and exact(node.args[0]) < 0)
+  return _calls({'floor', 'ceil', 'factorial', 'binomial', 'cos', 'sin'}, a, b) or any(
+    node.op == 'pow' and exact(node.args[0]) is not None and exact(node.args[0]) < 0
     for side in (a, b) for node in walk(side))
 
 
-def _points(names: list[str], signs: bool) -> list[dict[str, Fraction]]:
+def _points(names: list[str], *nodes: Node, signs: bool = False) -> list[dict[str, Fraction]]:
   """Returns the points {variable: value} at which expressions are compared. If there are no variables, returns [{}].
 
-  signs: whether to add, for each point, a second point with all values negated.
+  The values are between 0.6 and 2.6. If an expression has a piecewise function, there are also points with larger
+  values: near 0, |x - 3| is the same as 3 - x, and floor(x/4) the same as 0.
+
+  nodes: the expressions.
+  signs: whether to add, for each point, a second point with all values negated. They are also added for an absolute
+    value, a maximum or a minimum.
   """
   if not names:
     return [{}]
   place = lambda name, i: Fraction(zlib.crc32(f'{i}/{name}'.encode()) % 99_991 + 30_011, 50_021)
   points = [{name: place(name, i) for name in names} for i in range(_POINTS)]
-  return points + [{name: -value for name, value in point.items()} for point in points] if signs else points
+  points += [{name: place(name, i) * scale for name in names} for i, scale in enumerate(_scales(nodes), _POINTS)]
+  if signs or _calls({'abs', 'max', 'min'}, *nodes):
+    points += [{name: -value for name, value in point.items()} for point in points]
+  return points
 
 
-def _integer_points(names: list[str]) -> list[dict[str, Fraction]]:
+def _integer_points(names: list[str], *nodes: Node) -> list[dict[str, Fraction]]:
+  """Returns points as `_points` does, with integers from 2 to 12, or larger ones too."""
   values = list(itertools.islice(itertools.cycle((7, 4, 12, 5, 9, 2, 11, 6, 3, 8)), len(names) + 10))
-  return [{name: Fraction(values[i + shift]) for i, name in enumerate(names)} for shift in range(10)]
+  points = [{name: Fraction(values[i + shift]) for i, name in enumerate(names)} for shift in range(10)]
+  return points + [{name: value * scale + i for name, value in points[i].items()}
+                   for i, scale in enumerate(_scales(nodes))]
+
+
+def _scales(nodes: Sequence[Node]) -> tuple[int, ...]:
+  """Returns by how much larger the values at additional points are, one scale per point; () if no points are needed.
+
+  They are needed for piecewise functions. They are small for powers and factorials, which would lose their last digits.
+  """
+  if not _calls(_PIECEWISE, *nodes):
+    return ()
+  powers = any(node.op == 'pow' and symbols(node.args[1]) and exact(node.args[0]) != -1
+               for side in nodes for node in walk(side))
+  return (2, 3) if powers or _calls(_GROWING, *nodes) else (8, 9, 64, 71, 512, 569)
 
 
 def check(node: Node) -> None:
   """Raises TooHard if the expression has no value that can be computed."""
   if exact(node) is None:
-    for point in _points(sorted(symbols(node)), signs=False):
+    for point in _points(sorted(symbols(node))):
       with _mp().workdps(_DIGITS):
         _value(node, point, None)
 
@@ -290,6 +315,11 @@ def _near_integer(rounding: Callable) -> Callable:
   return rounded
 
 
+def _order(value):
+  """Returns the key by which numbers are sorted. A root may be complex where a variable is negative."""
+  return _mp().re(value), _mp().im(value)
+
+
 def _call(base: int | None, name: str, *values):
   mp = _mp()
   if name == 'factorial' and abs(values[0]) > _MAX_EXPONENT:
@@ -302,7 +332,8 @@ def _call(base: int | None, name: str, *values):
     raise TooHard(f'{name} of what is no number')
   functions = {
     'ln': mp.log, 'log10': lambda x: mp.log(x, 10), 'logarithm': mp.log, 'abs': abs, 'binomial': mp.binomial,
-    'factorial': mp.factorial, 'floor': _near_integer(mp.floor), 'ceil': _near_integer(mp.ceil), 'max': max, 'min': min,
+    'factorial': mp.factorial, 'floor': _near_integer(mp.floor), 'ceil': _near_integer(mp.ceil),
+    'max': lambda *x: max(x, key=_order), 'min': lambda *x: min(x, key=_order),
     'arcsin': mp.asin, 'arccos': mp.acos, 'arctan': mp.atan, 'arccot': mp.acot, 'arcsec': mp.asec, 'arccsc': mp.acsc,
     'arcsinh': mp.asinh, 'arccosh': mp.acosh, 'arctanh': mp.atanh,
   }
@@ -339,20 +370,22 @@ def near(gold: Node, answer: Node) -> bool:
 
 
 def rounds(value: Node, stated: Node) -> bool:
-  """Returns whether `stated` is `value` rounded to as many digits as `stated` has.
+  """Returns whether `stated` is an integer or a decimal, and is `value` rounded to as many digits as `stated` has.
 
-  The last digit of `stated` may be off by one.
+  An integer is rounded only to a decimal of two or more digits, such as 1.2e3 for 1234. Otherwise it is exact: 8 isn't
+  7 rounded.
   """
-  digits = precision(stated)
-  if symbols(value) or symbols(stated):
+  written, digits = exact(stated), precision(stated)
+  if symbols(value) or not written:
     return False
   mp = _mp()
   with mp.workdps(_DIGITS):
-    v, s = approximate(value), approximate(stated)
-    if mp.isinf(v) or mp.isinf(s) or not s:
+    v, s = approximate(value), _number(written)
+    if mp.isinf(v) or ((digits or 0) < 2 and abs(v - mp.nint(v)) < mp.mpf(10) ** -30):
       return False
-    places = mp.floor(mp.log10(abs(s)) + mp.mpf(10) ** -30) - digits + 1 if digits else 0
-    return abs(v - s) <= mp.mpf(10) ** places
+    places = int(mp.floor(mp.log10(abs(s)) + mp.mpf(10) ** -30)) - digits + 1 if digits else 0
+    unit = Fraction(10) ** places
+    return (written / unit).denominator == 1 and abs(v - s) <= _number(unit / 2)
 
 
 def _terminates(node: Node) -> bool:
@@ -379,7 +412,7 @@ def factor(a: Node, b: Node):
   names = sorted(symbols(a) | symbols(b))
   ratios = []
   with mp.workdps(_DIGITS):
-    for point in _points(names, signs=True):
+    for point in _points(names, a, b, signs=True):
       x, y = _value(a, point, None), _value(b, point, None)
       if not x or not y:
         return None
