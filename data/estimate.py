@@ -122,7 +122,7 @@ def show(config: DataConfig, machines: int, workers: int, rate: float, dollars: 
     table.add_row(name, *files, *map(short, sizes), f'{found.pieces:,}', _hours(found.machine_s))
     if found.unknown_sizes:
       notes.append(f'{name}: the server doesn\'t say the sizes of {found.unknown_sizes:,} files; '
-                   f'{short(formats.UNKNOWN_BYTES)} bytes of each are assumed')
+                   f'each is assumed to have {short(formats.UNKNOWN_BYTES)} bytes')
     if not found.files:
       notes.append(f'{name}: from a sample of up to {_PLACES * _DOCUMENTS} documents, read on this machine')
     elif source.max_documents:

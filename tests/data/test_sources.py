@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from fsspec.implementations.memory import MemoryFileSystem
+from rich.console import Console
 
 from betarank.data import estimate, reasoning, sources
 from betarank.data.config import DataError
@@ -428,6 +429,13 @@ def test_files_of_unknown_size_are_read_to_their_end(no_sizes, files, make_sourc
   count = len(source.segments)
   assert len(source.units()) == count and not any(segment.splittable for segment in source.segments)
   assert (source.listing['files'], source.listing['bytes'], source.listing['unknown_sizes']) == (count, 0, count)
+
+
+def test_an_estimate_says_which_sizes_are_assumed(no_sizes, config, make_source, capsys):
+  c = dataclasses.replace(config, sources={'web': make_source(f'jsonl:{no_sizes}/p*.jsonl')})
+  estimate.show(c, 1, 1, 1.0, 0.0, Console(file=io.StringIO()))
+  out = capsys.readouterr().out
+  assert "web: the server doesn't say the sizes of 2 files; each is assumed to have 16.8M bytes" in out
 
 
 def test_parquet_of_unknown_size_is_refused(no_sizes, make_source):
