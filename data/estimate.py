@@ -30,6 +30,7 @@ class Estimate(NamedTuple):
 
   files: int  # 0, and so is file_bytes, for a source without files
   file_bytes: int
+  unknown_sizes: int  # the number of files whose size isn't known; file_bytes doesn't include them
   text_bytes: float
   pieces: int  # of each split
   machine_s: float  # seconds of the machine that takes longest
@@ -69,8 +70,8 @@ def estimate(config: DataConfig, name: str, machines: int, workers: int, rate: f
   slowest = max(max(sum(units[part::machines]) / workers, max(units[part::machines], default=0))
                 for part in range(machines))
   pieces = sum(math.ceil(size / PIECE_BYTES) for size in units)
-  about = source.listing or {'files': 0, 'bytes': 0}
-  return Estimate(about['files'], about['bytes'], sum(units), pieces, slowest / rate / 1e6)
+  about = source.listing or {'files': 0, 'bytes': 0, 'unknown_sizes': 0}
+  return Estimate(about['files'], about['bytes'], about['unknown_sizes'], sum(units), pieces, slowest / rate / 1e6)
 
 
 def _from_sample(source: sources.Source) -> tuple[float, float]:
@@ -119,6 +120,9 @@ def show(config: DataConfig, machines: int, workers: int, rate: float, dollars: 
     sizes = found.text_bytes, tokens, tokens * records.token_dtype(config.vocab_size).itemsize
     files = (f'{found.files:,}', short(found.file_bytes)) if found.files else ('', '')
     table.add_row(name, *files, *map(short, sizes), f'{found.pieces:,}', _hours(found.machine_s))
+    if found.unknown_sizes:
+      notes.append(f'{name}: the server doesn\'t say the sizes of {found.unknown_sizes:,} files; '
+                   f'each is assumed to have {short(formats.UNKNOWN_BYTES)} bytes')
     if not found.files:
       notes.append(f'{name}: from a sample of up to {_PLACES * _DOCUMENTS} documents, read on this machine')
     elif source.max_documents:

@@ -36,7 +36,7 @@ T = TypeVar('T')
 @dataclasses.dataclass(frozen=True)
 class File:
   path: str
-  size: int  # bytes; 0 if the file system doesn't say
+  size: int | None  # bytes; None if the file system doesn't say, as some web servers don't
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def look(pattern: str, suffixes: tuple[str, ...]) -> Found:
     DataError: no file matches, all files are empty, or the folder or bucket can't be read.
   """
   every = _all(pattern, suffixes)
-  files = tuple(file for file in every if file.size)
+  files = tuple(file for file in every if file.size != 0)
   if not files:
     which = 'the file is' if len(every) == 1 else f'all {len(every)} files are'
     raise DataError(f'{pattern}: {which} empty; fetch the text again')
@@ -130,8 +130,7 @@ def _remote(pattern: str) -> tuple[list[File], bool]:
         found = store.find(path, detail=True) if folder else {path: about}
     except FileNotFoundError:
       return [], False
-    return [File(store.unstrip_protocol(name), about.get('size') or (0 if 'size' in about else 1))
-            for name, about in found.items()
+    return [File(store.unstrip_protocol(name), about.get('size')) for name, about in found.items()
             if about['type'] == 'file' and not (folder and _hidden(name[len(path):]))], folder
 
 

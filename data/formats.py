@@ -22,6 +22,7 @@ from betarank.data.files import find  # noqa: F401 (tasks and eval name their fi
 
 _LINE_BYTES = 256 * 2**20  # the longest line of JSON or CSV, limited because a line must be in memory
 EXPANSION = 4  # the assumed size of a compressed file's content, relative to the file
+UNKNOWN_BYTES = 16 * 2**20  # the assumed size of a file whose size isn't known
 
 Row = str | Dialogue | DataError
 
@@ -46,11 +47,12 @@ class Segment:
 def text_segments(found: files.Found, splittable: bool = True) -> list[Segment]:
   """Returns one segment for each file. The items of a segment are the bytes of the file.
 
-  splittable: whether segments of uncompressed files can be split. Segments of compressed files never can.
+  splittable: whether segments of uncompressed files can be split. Segments of compressed files, and of files whose size
+    isn't known, never can.
   """
   kinds = files.in_parallel(lambda file: files.packing(file.path), found.files)
-  return [Segment(file.path, 0, file.size, splittable and not kind, EXPANSION if kind else 1.0)
-          for file, kind in zip(found.files, kinds)]
+  return [Segment(file.path, 0, file.size or UNKNOWN_BYTES, splittable and not kind and file.size is not None,
+                  EXPANSION if kind else 1.0) for file, kind in zip(found.files, kinds)]
 
 
 def cut_point(block: bytes) -> int:

@@ -67,7 +67,7 @@ class _Preparation:
     """
     manifest = prepared.read_manifest(self.where)
     if manifest:
-      prepared.check_settings(self.where, manifest['settings'], self.wanted)
+      prepared.check_settings(self.config, self.where, manifest['settings'], self.wanted)
       prepared.check_input(self.where, manifest, self._listing_now())
       prepared.check_files(self.where, manifest)
       delete_pieces(self.where)  # there are some if a run was killed after it had written the manifest
@@ -90,7 +90,7 @@ class _Preparation:
     now = {**self.wanted, 'input_files_sha256': self.listing.get('sha256', '')}
     if (partial / 'plan.json').exists():  # saves minutes, which examining each file of a large source would take
       plan = json.loads((partial / 'plan.json').read_text())
-      prepared.check_settings(self.where, plan['settings'], now)
+      prepared.check_settings(self.config, self.where, plan['settings'], now)
       self.units = [tuple(sources.Segment(*segment) for segment in unit) for unit in plan['units']]
       return
     self.units = source.units()

@@ -73,24 +73,31 @@ def settings(config: DataConfig, name: str, tokenizer_sha256: str) -> dict[str, 
   source = config.sources[name]
   wanted = {'uri': source.uri, 'max_documents': source.max_documents, 'document_bytes': config.longest_document,
             'validation_fraction': config.validation_fraction, 'vocab_size': config.vocab_size,
-            'tokenizer_sha256': tokenizer_sha256}
+            'tokenizer_sha256': tokenizer_sha256, 'template': source.template}
   if source.uri.partition(':')[0] == 'reasoning':  # other sources have no questions to hold out
     wanted['held_out_fraction'] = config.held_out_fraction
-  if source.template:
-    wanted['template'] = source.template
   return wanted
 
 
-def check_settings(where: epath.Path, prepared: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_settings(config: DataConfig, where: epath.Path, prepared: dict[str, Any], wanted: dict[str, Any]) -> None:
   """Raises DataError if the data in folder `where` was prepared with settings other than `wanted`.
 
-  The message names the settings that differ.
+  The message names the settings that differ. If the config names a tokenizer, vocab_size may differ as long as a token
+  takes the same number of bytes: the tokens then depend only on that tokenizer. Otherwise, vocab_size is the size of
+  the tokenizer that was trained for the data.
   """
-  differ = [f'{key} is {prepared.get(key)!r} there and {wanted[key]!r} now' for key in wanted
-            if prepared.get(key) != wanted[key]]
+  there = {'template': '', **prepared}  # older versions recorded only templates that weren't empty
+  differ = [key for key in wanted if there.get(key) != wanted[key]]
+  if config.tokenizer and 'vocab_size' in differ and _same_token_dtype(there.get('vocab_size'), config.vocab_size):
+    differ.remove('vocab_size')
   if differ:
-    raise DataError(f'{where}: prepared with other settings: {"; ".join(differ)}. Restore them, choose '
-                    f'another data.dir, or delete the folder and run {_COMMAND}')
+    changes = '; '.join(f'{key} is {there.get(key)!r} there and {wanted[key]!r} now' for key in differ)
+    raise DataError(f'{where}: prepared with other settings: {changes}. Restore them, choose another data.dir, or '
+                    f'delete the folder and run {_COMMAND}')
+
+
+def _same_token_dtype(there: Any, now: int) -> bool:
+  return type(there) is int and records.token_dtype(there) == records.token_dtype(now)
 
 
 def check_input(where: epath.Path, manifest: dict[str, Any], listing: dict[str, Any]) -> None:
@@ -191,7 +198,7 @@ def check_prepared(config: DataConfig, name: str) -> dict[str, Any]:
   manifest = read_manifest(where)
   if manifest is None:
     raise DataError(f'{where}: source {name!r} is not prepared from {config.sources[name].uri}; run: {_COMMAND}')
-  check_settings(where, manifest['settings'], settings(config, name, tokenizer_sha256(config)))
+  check_settings(config, where, manifest['settings'], settings(config, name, tokenizer_sha256(config)))
   check_files(where, manifest)
   return manifest
 

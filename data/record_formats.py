@@ -97,6 +97,9 @@ class Parquet(FileReader):
     return files.in_parallel(self._segment, self.found.files)
 
   def _segment(self, file: files.File) -> Segment:
+    if file.size is None:
+      raise DataError(f'{file.path}: the server doesn\'t say how long the file is, and Parquet is read from its end; '
+                      'copy it to a disk or a bucket')
     with _parquet(file.path) as parquet:
       present = parquet.schema_arrow
       for name in self.fields.names:

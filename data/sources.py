@@ -151,13 +151,15 @@ class Source:
     """A description of the source's files; {} for a source without files.
 
     The keys are 'files' and 'empty_files' (the numbers of files with and without content), 'bytes' (the size of all
-    files) and 'sha256' (a hash of their names and sizes).
+    files), 'unknown_sizes' (the number of files whose size isn't known, which 'bytes' leaves out) and 'sha256' (a hash
+    of their names and sizes).
     """
     if not isinstance(self._reader, formats.FileReader):
       return {}
     found: files.Found = self._reader.found
     names = json.dumps([[file.path, file.size] for file in found.files]).encode()
-    return {'files': len(found.files), 'empty_files': found.empty, 'bytes': sum(file.size for file in found.files),
+    return {'files': len(found.files), 'empty_files': found.empty, 'bytes': sum(file.size or 0 for file in found.files),
+            'unknown_sizes': sum(file.size is None for file in found.files),
             'sha256': hashlib.sha256(names).hexdigest()}
 
   def units(self) -> list[Unit]:

@@ -4,8 +4,9 @@
 #   export IMAGE=... QUEUE=...            # the image of the Dockerfile; a LocalQueue of Kueue
 #   betarank sweep --config=FILE --root=gs://BUCKET/DIR --parallel=4 --on='bash launch/examples/jobset.sh {name} {command}'
 #
-# A JobSet that exists already, since this script was killed while its job lived on, is waited for. On SIGTERM it is
-# deleted: its pods get SIGTERM and have ten minutes to save.
+# A JobSet that exists already, since this script was killed while its job lived on, is waited for. If someone else
+# deletes it, the script ends with status 1. While the cluster can't be reached, the script tries again. On SIGTERM the
+# JobSet is deleted: its pods get SIGTERM and have ten minutes to save.
 set -euo pipefail
 name=$1 command=$2
 : "${IMAGE:?IMAGE is not set}" "${QUEUE:?QUEUE is not set}"
@@ -29,21 +30,35 @@ if [ "${1:-}" = --print ]; then
   exit
 fi
 
-state() { kubectl get jobset "$name" --output=jsonpath='{.status.terminalState}' 2>/dev/null || echo Missing; }
+state() { # "is STATE", where STATE is empty while the job runs; "missing"; "unknown" if the cluster doesn't answer
+  local found
+  found=$(kubectl get jobset "$name" --ignore-not-found --output=jsonpath='is {.status.terminalState}') || found=unknown
+  echo "${found:-missing}"
+}
 trap 'kubectl delete jobset "$name" --wait=true; exit 143' TERM INT
 
-[ "$(state)" != Missing ] || manifest | kubectl create --filename=-
+seen=
 while true; do
   case $(state) in
-    Completed)
+    unknown) ;;
+    missing)
+      if [ "$seen" ]; then
+        echo "jobset.sh: JobSet $name is gone, but this script didn't delete it" >&2
+        exit 1
+      fi
+      manifest | kubectl create --filename=-
+      seen=yes
+      ;;
+    "is Completed")
       kubectl delete jobset "$name" --wait=false
       exit 0
       ;;
-    Failed)
+    "is Failed")
       kubectl logs --selector="jobset.sigs.k8s.io/jobset-name=$name" --tail=20 >&2 || true
       kubectl delete jobset "$name" --wait=false # so that the next launch may try again
       exit 1
       ;;
+    *) seen=yes ;;
   esac
   sleep "${POLL_S:-30}" &
   wait $! || true

@@ -6,6 +6,9 @@ long a step takes, and what the whole stage (one run of pre-training, mid-traini
 and neither data nor a tokenizer is needed. A compile takes minutes. Pods have their usual names: v5e-256 and v6e-256
 have 256 chips, v5p-128 has 64.
 
+The exit status is 1 if a program doesn't fit; RL has several, and needs all of them. With --search, it is 1 if a
+program fits with none of the settings that were tried.
+
 --table makes the table of docs/plans.md, which has the models of configs/paper on three pods.
 
 Memory is what the compiler assigned. Time is predicted from the compiled program, as an interval;
@@ -31,7 +34,7 @@ from betarank.configs.stop import importing
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the command. The exit status is 1 if no plan fits."""
+  """Runs the command. Exits with status 1 if one of the programs has no plan that fits."""
   parser = Parser('betarank plan', __doc__)
   parser.add_argument('--topology', help='v5e-256, v5p-128, v6e-64, ...')
   parser.add_argument('--slices', type=above_zero(int), default=1,
@@ -82,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps({'stage': stage, 'plans': [dataclasses.asdict(plan) for plan in found]}, indent=2))
   elif not args.search:
     report.report(work, topology, found, args.usd_per_chip_hour, args.mean_answer)
-  if not any(plan.fits for plan in found):
+  if not found or {plan.program for plan in found} - {plan.program for plan in found if plan.fits}:
     sys.exit(1)
 
 

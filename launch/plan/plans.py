@@ -46,6 +46,7 @@ class Plan:
   prediction: Prediction | None  # None if it doesn't fit
   mfu: tuple[float, float]
   tokens: int  # the number of tokens of one execution
+  reference_bytes: int = 0  # the parameters of RL's KL reference
 
 
 def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folder: pathlib.Path,
@@ -75,7 +76,9 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
       microbatches=-(-work.rows * work.length // microbatch), remat_policy=work.run.model.remat_policy, fits=False,
       problem='', hbm_bytes=topology.chip.hbm_bytes, params_bytes=shard_bytes(state.params),
       optimizer_bytes=shard_bytes(state.opt_state), temp_bytes=0, peak_bytes=0, compile_s=0.0,
-      prediction=None, mfu=(0.0, 0.0), tokens=_tokens(name, work, microbatch))
+      prediction=None, mfu=(0.0, 0.0), tokens=_tokens(name, work, microbatch),
+      # rl/loop.py shards the reference like the parameters.
+      reference_bytes=shard_bytes(state.params) if work.keeps_reference else 0)
     say(f'compiling {name} for {plan.topology}, {topology.chips} chips, '
         f'mesh {" x ".join(f"{axis} {n}" for axis, n in plan.mesh.items()) or "of one device"} ...')
     start = time.perf_counter()
@@ -88,9 +91,9 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
       continue
     compile_s = time.perf_counter() - start
     temporary, peak = memory_bytes(compiled.memory_analysis())
-    # The train state stays in memory, also what a program doesn't take.
+    # The train state stays in memory, also what a program doesn't take, and so does the reference, which none takes.
     peak += {'gradient': plan.optimizer_bytes, 'weights': plan.optimizer_bytes,
-             'decode': plan.params_bytes + plan.optimizer_bytes}.get(name, 0)
+             'decode': plan.params_bytes + plan.optimizer_bytes}.get(name, 0) + plan.reference_bytes
     if peak > plan.hbm_bytes:
       yield dataclasses.replace(
         plan, problem=f'needs {peak / GB:.2f} of {plan.hbm_bytes / GB:.2f} GB', compile_s=compile_s)
@@ -172,13 +175,14 @@ def stage_seconds(work: Workload, plans: Sequence[Plan], mean_answer: int = 0) -
 
 def suggest_fix(work: Workload, plan: Plan) -> str:
   """Returns a sentence with settings to try if a plan doesn't fit into memory. The smallest change comes first."""
-  state = plan.params_bytes + plan.optimizer_bytes
+  state = plan.params_bytes + plan.optimizer_bytes + plan.reference_bytes
   if plan.program == 'decode':
     return (f'Try --config.rl.decode_batch_size={max(1, work.rl.decode_batch_size // 2)}, or a '
             'larger --config.rl.decode_split.')
   if state > 0.5 * plan.hbm_bytes:
-    return (f'Parameters and optimizer alone take {state / GB:.1f} GB per chip: make fsdp larger (data smaller), or '
-            'take more chips, or --config.optimizer.moment_dtype=bfloat16.')
+    what = 'Parameters, optimizer and KL reference' if plan.reference_bytes else 'Parameters and optimizer'
+    return (f'{what} alone take {state / GB:.1f} GB per chip: make fsdp larger (data smaller), or take more chips, or '
+            '--config.optimizer.moment_dtype=bfloat16.')
   ways = math.prod(plan.mesh.get(axis, 1) for axis in model.RULES['batch'])
   tips = []
   if (each := work.microbatch(dict.fromkeys(MESH_AXES, 1) | plan.mesh)[0] // ways) > 1:

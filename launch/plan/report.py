@@ -45,8 +45,10 @@ def _report_plan(work: Workload, topology: Topology, plan: Plan) -> None:
     print(f'  DOES NOT FIT: {plan.problem}. {suggest_fix(work, plan)}')
     return
   p, (low, high) = plan.prediction, plan.prediction.step_s
+  reference = f', KL reference {_size(plan.reference_bytes)}' if plan.reference_bytes else ''
   print(f'  memory      {_size(plan.peak_bytes)} of {_size(plan.hbm_bytes)} per chip: parameters '
-        f'{_size(plan.params_bytes)}, optimizer {_size(plan.optimizer_bytes)}, temporary {_size(plan.temp_bytes)}')
+        f'{_size(plan.params_bytes)}, optimizer {_size(plan.optimizer_bytes)}{reference}, temporary '
+        f'{_size(plan.temp_bytes)}')
   moved = ', '.join(f'{kind} {_size(size)}' for kind, size in sorted(p.collective_bytes.items())) or 'none'
   print(f'  collectives {moved} per chip; {_ms(p.collective_s)}, of which {_ms(p.exposed_s)} not hidden by compute')
   print(f'  time        {_ms(low)} to {_ms(high)}')

@@ -6,18 +6,25 @@ that share one copy of the sampler's weights in RL.
 
 import dataclasses
 import itertools
+import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
+from betarank import model
 from betarank.configs import errors, load
 from betarank.launch.plan.chips import PlanError, Topology
 from betarank.launch.plan.plans import Plan, make_plans
 from betarank.launch.plan.report import summary
 from betarank.launch.plan.workload import Workload, workload
-from betarank.model.config import REMAT, ModelConfig, parameter_counts
+from betarank.model.config import REMAT, ModelConfig
+from betarank.model.sharding import MESH_AXES
+from betarank.runtime.state import abstract_state
+from betarank.train.optimizer import make_optimizer
 
 ROWS_PER_CHIP = (1, 2, 4, 8)  # the numbers of rows per chip of a microbatch that are tried
 EXPERT_AXES = (1, 2, 4, 8, 16, 32)  # the numbers of chips that split the experts that are tried
@@ -31,7 +38,7 @@ class Candidate:
   microbatches: int
   rows_per_chip: int  # sequences of the greatest length for which a microbatch has room
   remat_policy: str
-  least_bytes: float  # a lower bound on the memory per chip: state, gradients and saved activations
+  least_bytes: float  # a lower bound on the memory per chip; see `_least_bytes`
 
   def __str__(self):
     mesh = ' x '.join(f'{axis} {n}' for axis, n in self.mesh if n > 1) or 'one device'
@@ -49,14 +56,14 @@ def candidates(work: Workload, topology: Topology) -> list[Candidate]:
   c, chips, own = work.run.model, topology.chips, work.run.mesh
   widths = sorted({*_powers_of_2(chips), max(own.fsdp, 1)})  # -1 stands for all chips that remain, a power of 2
   experts = sorted({*EXPERT_AXES, max(own.expert, 1)}) if c.moe.experts else [1]
-  found = []
+  state, found = _state_bytes(work), []
   for fsdp, expert, per_chip, remat in itertools.product(widths, experts, ROWS_PER_CHIP, list(REMAT)[1:]):
     data, rest = divmod(chips, fsdp * expert)
     if (rest or not data or data % topology.slices or c.d_model % fsdp or c.moe.experts % expert
         or work.rows % (chips * per_chip)):
       continue
     mesh = (('data', data), ('fsdp', fsdp), ('expert', expert), ('context', 1), ('tensor', 1))
-    least = _least_bytes(c, fsdp, expert, per_chip * work.length, remat)
+    least = _least_bytes(c, state, dict(mesh), per_chip * work.length, remat)
     found.append(Candidate(mesh, work.rows // (chips * per_chip), per_chip, remat, least))
   order = list(REMAT)
   fits = [f for f in found if f.least_bytes < topology.chip.hbm_bytes]
@@ -68,22 +75,41 @@ def _powers_of_2(limit: int) -> list[int]:
   return [2**i for i in range(limit.bit_length()) if limit % 2**i == 0]
 
 
-def _least_bytes(c: ModelConfig, fsdp: int, expert: int, tokens: int, remat: str) -> float:
+def _state_bytes(work: Workload) -> dict[tuple[str, ...], int]:
+  """Returns {mesh axes: bytes of all arrays that these axes split}.
+
+  The arrays are those of the train state, the gradients and, if there is one, the KL reference.
+  """
+  c, run = work.run.model, work.run
+  tx = make_optimizer(run.optimizer, run.updates, model.abstract(c)[2])
+  state = abstract_state(c, tx, AbstractMesh((1,) * len(MESH_AXES), MESH_AXES))
+  copies = 3 if work.keeps_reference else 2  # gradients have the shapes and the dtype of the parameters
+  found: dict[tuple[str, ...], int] = {}
+  for leaf in jax.tree.leaves([state.opt_state, *[state.params] * copies]):
+    dims = ((dim,) if isinstance(dim, str) else dim or () for dim in leaf.sharding.spec)
+    axes = tuple(itertools.chain.from_iterable(dims))
+    found[axes] = found.get(axes, 0) + leaf.size * leaf.dtype.itemsize
+  return found
+
+
+def _least_bytes(
+  c: ModelConfig, state: Mapping[tuple[str, ...], int], mesh: Mapping[str, int], tokens: int, remat: str
+) -> float:
   """Returns a lower bound on the bytes per chip.
 
-  It counts parameters, optimizer state and gradients (together 16 bytes per parameter, in float32), and the activations
-  that are saved for the backward pass.
+  It counts parameters, optimizer state, gradients and the KL reference of RL, and the activations that are saved for
+  the backward pass.
 
-  fsdp, expert: the sizes of these mesh axes.
+  state: the result of `_state_bytes`.
+  mesh: the sizes of the mesh axes.
   tokens: the number of tokens of a microbatch per chip.
   remat: the remat policy.
   """
-  counts = parameter_counts(c)
-  state = 16 * (counts['experts'] / expert + sum(counts.values()) - counts['experts']) / fsdp
+  kept = sum(size / math.prod(mesh[axis] for axis in axes) for axes, size in state.items())
   hidden = c.moe.experts_per_token * c.moe.expert_d_ff + c.moe.shared_d_ff if c.moe.experts else c.d_ff
   widths = {'qkv': (c.heads + 2 * c.kv_heads) * c.head_dim, 'attention': c.heads * c.head_dim, 'mlp': 2 * hidden}
   saved = c.d_model + sum(widths[name] for name in REMAT[remat])
-  return state + 2 * c.layers * tokens * saved
+  return kept + 2 * c.layers * tokens * saved
 
 
 def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folder: pathlib.Path, tries: int,

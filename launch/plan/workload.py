@@ -28,6 +28,11 @@ class Workload:
     rl = self.rl
     return rl.prompts_per_step // rl.minibatches * rl.group_size if rl else self.run.rows
 
+  @property
+  def keeps_reference(self) -> bool:
+    """Whether the run keeps a second copy of the parameters in memory: the reference of RL's KL term."""
+    return bool(self.rl and self.rl.loss.kl_weight)
+
   def microbatch(self, mesh_shape: Mapping[str, int]) -> tuple[int, int]:
     """Returns the shape (rows, tokens per row) of a microbatch; in RL, the shape of the largest microbatch."""
     if not self.rl:

@@ -167,6 +167,46 @@ def test_a_model_may_have_more_tokens_than_the_tokenizer_but_not_fewer(config):
     np.testing.assert_array_equal(here, there)
 
 
+def test_the_padding_of_the_vocabulary_does_not_matter_for_a_tokenizer_from_elsewhere(config, prepared_config):
+  c = dataclasses.replace(only(config), vocab_size=400)
+  manifest = prepare_source(c, 'a', workers=1)
+  padded = dataclasses.replace(c, vocab_size=512)
+  assert prepare_source(padded, 'a', workers=1) == manifest == prepared.check_prepared(padded, 'a')
+  with pytest.raises(DataError, match='vocab_size is 400 there and 65537 now'):  # tokens of four bytes
+    prepared.check_prepared(dataclasses.replace(c, vocab_size=2**16 + 1), 'a')
+  with pytest.raises(DataError, match='vocab_size is 384 there and 512 now'):  # its tokenizer was trained for it
+    prepared.check_prepared(dataclasses.replace(prepared_config, vocab_size=512), 'a')
+  prepare.prepare_part(dataclasses.replace(c, dir=f'{c.dir}/part'), 'a', workers=1)
+  prepare.finish(dataclasses.replace(padded, dir=f'{c.dir}/part'), 'a')
+
+
+def test_a_template_that_was_removed_added_or_changed_is_noticed(config, tmp_path):
+  """Also while the preparation isn't finished."""
+  (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'q': f'what {i}', 'a': str(i)}) + '\n' for i in range(50)))
+  with_template = lambda text: dataclasses.replace(
+    only(config, uri=f'jsonl:{tmp_path}/a.jsonl#q+a', template=text), validation_fraction=0.0)
+  old, other, none = map(with_template, ('{prompt}{answer}', '{prompt} {answer}', ''))
+  prepare.prepare_part(old, 'a', workers=1)
+  for finished in (False, True):
+    for changed in (other, none):
+      with pytest.raises(DataError, match=re.escape(
+          f"template is '{{prompt}}{{answer}}' there and {changed.sources['a'].template!r} now")):
+        prepare.finish(changed, 'a')
+    if not finished:
+      prepare.finish(old, 'a')
+  with pytest.raises(DataError, match="template is '{prompt}{answer}' there and '' now"):
+    prepared.Documents(none, 'a', 'train')
+
+  elsewhere = dataclasses.replace(none, dir=f'{none.dir}/none')
+  manifest = prepare_source(elsewhere, 'a', workers=1)
+  place = pathlib.Path(prepared.folder(elsewhere, 'a')) / 'manifest.json'
+  del manifest['settings']['template']  # as in a manifest of an older version
+  place.write_text(json.dumps(manifest))
+  assert prepared.check_prepared(elsewhere, 'a') == manifest
+  with pytest.raises(DataError, match="template is '' there and '{prompt}{answer}' now"):
+    prepared.check_prepared(dataclasses.replace(old, dir=elsewhere.dir), 'a')
+
+
 # Small corpora
 
 

@@ -2,17 +2,21 @@ import bz2
 import contextlib
 import dataclasses
 import gzip
+import io
 import json
 import lzma
 import shutil
 import sys
 import tracemalloc
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from fsspec.implementations.memory import MemoryFileSystem
+from rich.console import Console
 
 from betarank.data import estimate, reasoning, sources
 from betarank.data.config import DataError
@@ -378,6 +382,65 @@ def test_a_place_whose_reader_is_not_installed_says_which(make_source, scheme, a
   with pytest.raises(DataError, match=rf'{scheme}://bucket/\*\.jsonl: .*{advice}') as error:
     Source(make_source(f'jsonl:{scheme}://bucket/*.jsonl'), 1000).units()
   assert '\n' not in str(error.value)
+
+
+class _NoSizes(MemoryFileSystem):
+  """Doesn't say the sizes of files, and can't seek in them, like a web server that sends no Content-Length."""
+
+  protocol, store, pseudo_dirs = 'https', {}, ['']
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(path.replace('https://', 'memory://'))
+
+  def info(self, path, **kwargs):
+    return {**super().info(path, **kwargs), 'size': None}
+
+  def find(self, path, *args, detail=False, **kwargs):
+    found = super().find(path, *args, detail=True, **kwargs)
+    return {name: {**about, 'size': None} for name, about in found.items()} if detail else list(found)
+
+  def _open(self, path, mode='rb', **kwargs):
+    file = super()._open(path, mode, **kwargs)
+    return file if mode != 'rb' else _Stream(file.getvalue())
+
+
+class _Stream(io.BytesIO):
+  def seek(self, *_):
+    raise ValueError('Cannot seek streaming HTTP file')
+
+
+@pytest.fixture
+def no_sizes(files, monkeypatch):
+  """Returns the URL of the folder `files` on a server that doesn't say the sizes of files."""
+  monkeypatch.setitem(sys.modules['fsspec.registry']._registry, 'https', _NoSizes)
+  monkeypatch.setattr(_NoSizes, 'store', {})
+  (files / 'p.txt').write_text(''.join(DOCUMENTS))
+  for file in files.iterdir():
+    fsspec.filesystem('https').pipe_file(f'/corpus/{file.name}', file.read_bytes())
+  return 'https://corpus'
+
+
+@pytest.mark.parametrize('uri', ['jsonl:{}/p*.jsonl', 'jsonl:{}/p*.jsonl.gz', 'text:{}/p.txt'])
+def test_files_of_unknown_size_are_read_to_their_end(no_sizes, files, make_source, uri, monkeypatch):
+  monkeypatch.setattr(sources, 'UNIT_BYTES', 10)
+  source, local = (Source(make_source(uri.format(place)), 10**6) for place in (no_sizes, files))
+  assert ''.join(read_all(source)) == ''.join(read_all(local)) != ''
+  count = len(source.segments)
+  assert len(source.units()) == count and not any(segment.splittable for segment in source.segments)
+  assert (source.listing['files'], source.listing['bytes'], source.listing['unknown_sizes']) == (count, 0, count)
+
+
+def test_an_estimate_says_which_sizes_are_assumed(no_sizes, config, make_source, capsys):
+  c = dataclasses.replace(config, sources={'web': make_source(f'jsonl:{no_sizes}/p*.jsonl')})
+  estimate.show(c, 1, 1, 1.0, 0.0, Console(file=io.StringIO()))
+  out = capsys.readouterr().out
+  assert "web: the server doesn't say the sizes of 2 files; each is assumed to have 16.8M bytes" in out
+
+
+def test_parquet_of_unknown_size_is_refused(no_sizes, make_source):
+  with pytest.raises(DataError, match=r"p0\.parquet: the server doesn't say how long the file is"):
+    Source(make_source(f'parquet:{no_sizes}/p*.parquet'), 1000).units()
 
 
 def test_every_kind_in_a_bucket(files, tmp_path, make_source):

@@ -16,7 +16,7 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'examples'
 COMMAND = shlex.join(['betarank', 'train', '--config=a b', "--x=it's", '--y=$HOME & \\1'])
 
-# Records its arguments and input; `get` prints the state that the test has written.
+# Records its arguments and input. `get` prints the state that the test has written. It fails if the file `down` exists.
 STAND_IN = '''#!{python}
 import json, os, pathlib, signal, sys, time
 here = pathlib.Path(os.environ['HERE'])
@@ -26,9 +26,14 @@ with open(here / 'calls.jsonl', 'a') as file:
 if sys.argv[1] == 'create':
   (here / 'state').write_text('Running')
 if sys.argv[1] == 'get':
-  if not (here / 'state').exists():
+  if (here / 'down').exists():
+    sys.exit('Unable to connect to the server')
+  if (here / 'state').exists():
+    state = (here / 'state').read_text()
+    [template] = [word.removeprefix('--output=jsonpath=') for word in sys.argv if word.startswith('--output=')]
+    print(template.replace('{{.status.terminalState}}', '' if state == 'Running' else state), end='')
+  elif '--ignore-not-found' not in sys.argv:
     sys.exit('NotFound')
-  print((here / 'state').read_text(), end='')
 if sys.argv[1:3] == ['jobs', 'launch']:
   time.sleep(1)  # until the job is submitted
   (here / 'launched').touch()
@@ -112,6 +117,39 @@ def test_a_jobset_that_lives_on_is_not_created_again_and_a_stop_deletes_it(jobse
   assert not jobset.calls('create') and jobset.calls('delete') == [[['delete', 'jobset', 'job-1', '--wait=true'], '']]
 
 
+@pytest.mark.parametrize('exists', [True, False])
+def test_a_jobset_that_someone_else_deletes_ends_the_wait(jobset, exists):
+  if exists:
+    (jobset.folder / 'state').write_text('Running')
+  process = jobset.start('job-1', COMMAND)
+  jobset.wait(lambda: len(jobset.calls('get')) > 2)
+  (jobset.folder / 'state').unlink()
+  assert process.wait(60) == 1 and 'JobSet job-1 is gone' in process.stderr.read()
+  assert len(jobset.calls('create')) == (not exists) and not jobset.calls('delete')
+
+
+@pytest.mark.parametrize('exists', [True, False])
+def test_a_cluster_that_does_not_answer_is_asked_again(jobset, exists):
+  """A failed question doesn't mean that the JobSet is missing, neither before it is created nor after."""
+  if exists:
+    (jobset.folder / 'state').write_text('Running')
+  (jobset.folder / 'down').touch()
+  process = jobset.start('job-1', COMMAND)
+  jobset.wait(lambda: len(jobset.calls('get')) > 2)
+  assert process.poll() is None and not jobset.calls('create')
+  (jobset.folder / 'down').unlink()
+  jobset.wait((jobset.folder / 'state').exists)
+  asked = len(jobset.calls('get'))
+  jobset.wait(lambda: len(jobset.calls('get')) > asked + 1)
+  (jobset.folder / 'down').touch()
+  asked = len(jobset.calls('get'))
+  jobset.wait(lambda: len(jobset.calls('get')) > asked + 2)
+  assert process.poll() is None
+  (jobset.folder / 'state').write_text('Completed')
+  (jobset.folder / 'down').unlink()
+  assert process.wait(60) == 0 and len(jobset.calls('create')) == (not exists)
+
+
 # Stands for a job that waits: sbatch prints its id after a second, and ends once scancel was called for waiting jobs.
 WAITING_JOB = {
   'sbatch': 'touch "$HERE/called"; sleep 1; echo "7;here"; until [ -f "$HERE/cancelled" ]; do sleep 0.1; done',
@@ -171,15 +209,37 @@ def test_sky_s_run_section_tells_each_host_its_place(tmp_path, nodes, expected):
   assert json.loads(done.stdout) == [*shlex.split(COMMAND)[1:], *expected], done.stderr
 
 
-@pytest.mark.parametrize('slot, per_card, card, share', [(0, 1, '0', ''), (3, 1, '3', ''), (6, 2, '2', '0.45')])
-def test_a_point_gets_one_card_and_its_share_of_the_memory(tmp_path, slot, per_card, card, share):
-  betarank = tmp_path / 'betarank'
+def start_on_card(folder, slot, **variables):
+  """Starts cards.sh with these environment variables. The command is a stand-in for betarank that prints what it got.
+  """
+  betarank = folder / 'betarank'
   betarank.write_text('#!/bin/sh\nprintf "%s\\n" "$$" "$CUDA_VISIBLE_DEVICES" "$XLA_PYTHON_CLIENT_MEM_FRACTION" "$@"\n')
   betarank.chmod(0o755)
-  environment = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'CARDS': '4', 'PER_CARD': str(per_card),
-                 'XLA_PYTHON_CLIENT_MEM_FRACTION': ''}
-  process = subprocess.Popen(['bash', EXAMPLES / 'cards.sh', str(slot), COMMAND], env=environment, text=True,
-                             stdout=subprocess.PIPE)
+  environment = {name: value for name, value in os.environ.items() if name != 'CUDA_VISIBLE_DEVICES'} | {
+    'PATH': f'{folder}:{os.environ["PATH"]}', 'XLA_PYTHON_CLIENT_MEM_FRACTION': '', **variables}
+  return subprocess.Popen(['bash', EXAMPLES / 'cards.sh', str(slot), COMMAND], env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize('slot, per_card, card, share', [(0, 1, '0', ''), (3, 1, '3', ''), (6, 2, '2', '0.45')])
+def test_a_point_gets_one_card_and_its_share_of_the_memory(tmp_path, slot, per_card, card, share):
+  process = start_on_card(tmp_path, slot, CARDS='4', PER_CARD=str(per_card))
   pid, *given = process.communicate(timeout=60)[0].splitlines()
   assert given == [card, share, *shlex.split(COMMAND)[1:]]
   assert int(pid) == process.pid  # a signal to the script reaches the run
+
+
+@pytest.mark.parametrize('slot, variables, card', [
+  (0, {}, '5'), (3, {}, 'GPU-8f1c'), (2, {'CARDS': '2'}, '5')])
+def test_a_point_gets_one_of_the_cards_that_the_user_was_given(tmp_path, slot, variables, card):
+  process = start_on_card(tmp_path, slot, CUDA_VISIBLE_DEVICES='5,GPU-8f1c', **variables)
+  assert process.communicate(timeout=60)[0].splitlines()[1] == card
+
+
+@pytest.mark.parametrize('visible, variables, message', [
+  ('5,6', {'CARDS': '3'}, 'CARDS=3, but there are 2 GPUs; CUDA_VISIBLE_DEVICES=5,6'),
+  ('', {}, 'CARDS=0, but there are 0 GPUs')])
+def test_cards_that_the_user_was_not_given_are_refused(tmp_path, visible, variables, message):
+  process = start_on_card(tmp_path, 0, CUDA_VISIBLE_DEVICES=visible, **variables)
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 2 and not out and message in err

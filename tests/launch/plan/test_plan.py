@@ -1,5 +1,6 @@
 """Tests the planner: topologies, plans, search, and a real compilation for a TPU if libtpu is installed."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -11,7 +12,7 @@ import jax
 import pytest
 
 from betarank.configs import errors, load
-from betarank.launch.plan import chips, plans, predict, programs, search
+from betarank.launch.plan import chips, command, plans, predict, programs, report, search
 from betarank.launch.plan.chips import PlanError, Topology
 from betarank.launch.plan.workload import workload
 from betarank.runtime.state import shard_bytes
@@ -76,6 +77,30 @@ def test_search_tries_the_sizes_of_the_config_s_own_mesh():
   assert any(dict(candidate.mesh)['fsdp'] == 12 for candidate in found)
 
 
+def test_the_bound_on_the_memory_counts_the_state_that_the_optimizer_has():
+  """A chip of v5e-4 has 16.9 GB. With AdamW, 4.6 billion parameters, two moments and gradients take 18.5 GB of each of
+  four chips. With Muon and moments in bfloat16 they take 12.
+  """
+  def found(changed):
+    work = workload(load.load('configs/paper/dense_4b.py', {'model.layers': '42'} | changed))
+    return search.candidates(work, Topology('v5e-4'))
+
+  assert not found({})
+  muon = found({'optimizer.name': 'muon', 'optimizer.moment_dtype': 'bfloat16'})
+  assert muon and all(dict(candidate.mesh)['fsdp'] == 4 for candidate in muon)
+  assert all(11.9e9 < candidate.least_bytes < 16.91e9 for candidate in muon)
+
+
+def test_the_bound_on_the_memory_is_the_state_as_it_is_sharded():
+  work = workload(load.load('configs/rl_smoke.py', SMALL | MIXTURE))
+  mesh = programs.make_mesh(work, jax.devices()[:4])
+  state, _ = programs.lowerings(work, mesh)
+  least = lambda work: search._least_bytes(work.run.model, search._state_bytes(work), mesh.shape, 0, 'full')
+  assert least(work) == shard_bytes(state.opt_state) + 2 * shard_bytes(state.params)
+  reference = workload(load.load('configs/rl_smoke.py', SMALL | MIXTURE | {'rl.loss.kl_weight': '0.1'}))
+  assert least(reference) - least(work) == shard_bytes(state.params)
+
+
 @pytest.mark.parametrize('config, changed, message', [
   ('configs/base.py', {'train.batch_size': '100', 'train.microbatches': '1'},
    'the 100 rows of an update .train.batch_size. can\'t be divided evenly among 8 chips; 96 or 104 would do'),
@@ -138,6 +163,56 @@ def test_a_mesh_that_does_not_divide_is_one_line_with_what_would():
 
 SMALL = {'model.layers': '1', 'model.d_model': '32', 'model.d_ff': '64', 'model.heads': '2', 'model.kv_heads': '1',
          'model.head_dim': '8', 'model.vocab_size': '64', 'train.mesh.fsdp': '2'}
+MIXTURE = {'model.moe.experts': '4', 'model.moe.experts_per_token': '2', 'model.moe.expert_d_ff': '16',
+           'train.mesh.expert': '2'}
+PREDICTION = predict.Prediction((10.0, 12.5), (9.0, 11.5), 1.0, 2.0, {}, 0.0, (), (), {})
+
+
+def test_the_kl_reference_is_part_of_the_memory_of_every_rl_program(tmp_path, monkeypatch):
+  """Nothing is compiled."""
+  lowerings = programs.lowerings
+  compiled = types.SimpleNamespace(as_text=str, memory_analysis=lambda: types.SimpleNamespace(
+    argument_size_in_bytes=3, output_size_in_bytes=3, alias_size_in_bytes=2, temp_size_in_bytes=20,
+    total_allocation_bytes=14))
+  compiled.compile = lambda: compiled
+
+  def without_compiling(work, mesh):
+    state, found = lowerings(work, mesh)
+    return state, {name: (on, lambda: compiled) for name, (on, _) in found.items()}
+
+  monkeypatch.setattr(programs, 'lowerings', without_compiling)
+  monkeypatch.setattr(plans, 'predict', lambda *_: PREDICTION)
+  monkeypatch.setattr(plans.hlo, 'read', lambda _: None)
+  small = SMALL | {'rl.decode_batch_size': '4'}
+
+  def made(changed):
+    work = workload(load.load('configs/rl_smoke.py', small | changed))
+    return list(plans.make_plans(work, Topology('v5e-4'), jax.devices()[:2], tmp_path))
+
+  without, with_reference = made({}), made({'rl.loss.kl_weight': '0.1'})
+  assert len(without) == 4 and not any(plan.reference_bytes for plan in without)
+  for one, other in zip(without, with_reference, strict=True):
+    assert other.peak_bytes - one.peak_bytes == other.reference_bytes == other.params_bytes > 0
+  advice = plans.suggest_fix(workload(load.load('configs/rl_smoke.py', small)), dataclasses.replace(
+    with_reference[0], hbm_bytes=2.5 * with_reference[0].params_bytes))
+  assert 'Parameters, optimizer and KL reference alone take' in advice
+
+
+@pytest.mark.parametrize('search_flag, fits, status', [
+  ([], {'gradient': [True], 'decode': [True]}, 0), ([], {'gradient': [True], 'decode': [False]}, 1),
+  ([], {'gradient': [False], 'decode': [True]}, 1), (['--search'], {'gradient': [True, False], 'decode': [True]}, 0),
+  (['--search'], {'gradient': [True], 'decode': [False, False]}, 1), (['--search'], {}, 1)])
+def test_the_exit_status_says_whether_all_programs_fit(search_flag, fits, status, monkeypatch):
+  plan = plans.Plan('', 'v5e-4', 4, {}, 1, 'full', True, '', 16.9e9, 1, 1, 1, 1, 0.0, PREDICTION, (0.5, 0.6), 1)
+  found = [dataclasses.replace(plan, program=program, fits=fit) for program, all_of in fits.items() for fit in all_of]
+  monkeypatch.setattr(command, 'configure_libtpu', lambda *_: None)  # it changes the environment of this process
+  monkeypatch.setattr(Topology, 'devices', lambda _: [])
+  monkeypatch.setattr(plans, 'make_plans', lambda *_: iter(found))
+  monkeypatch.setattr(search, 'search', lambda *_: found)
+  monkeypatch.setattr(report, 'report', lambda *_: None)
+  ended = contextlib.nullcontext() if status == 0 else pytest.raises(SystemExit, match='1')
+  with ended:
+    command.main(['--config=configs/rl_smoke.py', '--topology=v5e-4', *search_flag])
 
 
 def test_plans_of_the_rl_stage(tmp_path):
