@@ -162,7 +162,7 @@ def _step(prompt_pages, pages_P2KSH, q_BNH, k_BKH, v_BKH, length_B, real_B, *tab
   table: the fields of a Table.
   """
   table, (size, width), on = Table(*table), pages_P2KSH.shape[3:], platform()
-  if on == 'tpu' and pages_tpu.fits(size, width):
+  if on == 'tpu' and pages_tpu.fits(q_BNH, pages_P2KSH, table):
     return pages_tpu.step(pages_P2KSH, q_BNH, k_BKH, v_BKH, table, length_B, real_B, prompt_pages)
   page_B = jnp.take_along_axis(table.pages_BJ, (prompt_pages + length_B // size)[:, None], 1, mode='clip')[:, 0]
   page_B = jnp.where(real_B, page_B, len(pages_P2KSH))  # out of range: not written

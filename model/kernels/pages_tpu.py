@@ -20,12 +20,22 @@ from betarank.model.sharding import cores, platform
 
 UNSEEN = -1e30
 BLOCK_BYTES = 2**19  # large enough for fetching at the memory's rate
+SMEM_BYTES = 2**20  # the memory for scalars
+VMEM_BYTES = 24 * 10**6  # of all rows' data; compiled for v5e (libtpu 0.0.52), 23.6 MB fit and 47 MB don't
 WRITTEN = 16  # tokens that are written at once; one bfloat16 token isn't contiguous in memory
 
 
-def fits(size: int, width: int) -> bool:
-  """Returns True if the kernel supports pages of this size and heads of this width."""
-  return size % WRITTEN == 0 and width % 128 == 0
+def fits(q_RNH, pages_P2KSH, table) -> bool:
+  """Returns True if the kernel supports these pages and heads, and if the data of all rows fits on the chip.
+
+  Only the shapes and the dtype of the arguments are used. They are those of `step`.
+  """
+  (rows, heads, width), (kv_heads, size), itemsize = q_RNH.shape, pages_P2KSH.shape[2:4], q_RNH.dtype.itemsize
+  least = max(1, 4 // itemsize)  # queries of a key head in VMEM; fewer are padded
+  scalars = 4 * rows * (pl.cdiv(table.pages_BJ.shape[1], 128) * 128 + 5)  # the table, and five numbers per row
+  of_key_head = 2 * (max(heads // kv_heads, least) + least)  # queries and outputs, the new key and value
+  vectors = rows * kv_heads * of_key_head * width * itemsize
+  return size % WRITTEN == 0 and width % 128 == 0 and scalars <= SMEM_BYTES and vectors <= VMEM_BYTES
 
 
 def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages: int):
