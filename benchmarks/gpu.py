@@ -27,7 +27,7 @@ PARTS = {
   'rollout': [*ROLLOUT, '--only=ours'],
   'rollout-peers': [*ROLLOUT, '--only=theirs', '--cold'],
   'tests': [*MODULE, 'pytest', '-m', 'not slow', '-vv', '-n', '12', '-k', 'not mesh and not eight and not sharded',
-            '--ignore=tests/model/test_hf.py', 'tests/model', 'tests/objectives', 'tests/test_on_card.py'],
+            'tests/model', 'tests/objectives', 'tests/test_on_card.py'],
   'tests-two': [*MODULE, 'pytest', '-m', '', '-rf', '-n', '2', 'tests/train/test_two_devices.py'],
 }
 TORCH = 'head-torch', 'rollout-peers'  # in these parts, JAX doesn't allocate the card's memory in advance

@@ -11,7 +11,7 @@ tokamax (pip install tokamax) is timed if it is installed.
 With --tpu, the functions are only compiled, ahead of time (pip install "jax[tpu]"). Times are predicted from the
 compiled programs as in `betarank plan`, for bfloat16. There are two figures for temporary memory. `allocated` is the
 size of the program's one temporary allocation, from the compiler's buffer assignment. `temp` comes from JAX's
-memory_analysis, and counts the logits of a chunk twice.
+memory_analysis, which in libtpu 0.0.50.1 counts the logits of a chunk twice.
 """
 # N tokens  D width  V vocabulary
 

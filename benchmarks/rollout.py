@@ -13,7 +13,7 @@ processes, as in the second and third command. With --before, each variant of be
 sampler of commit 1f66ce9, whose cache had no pages.
 
 The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
-1.05B, or a mixture of experts with 2.1B. Variants whose package isn't installed are left out (pip install google-tunix
+1.05B, or a mixture of experts with 1.78B. Variants whose package isn't installed are left out (pip install google-tunix
 transformers torch). Each variant runs once to compile, unless --cold is given, and then --repeats times, interleaved
 with the other variants. The table has the fastest run of each variant, in generated tokens per second, and per second
 of CPU time. transformers runs on the GPU, in bfloat16, if torch finds one.

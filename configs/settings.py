@@ -71,7 +71,7 @@ MODEL = dict(
   compute_dtype=S('auto', EXECUTION, 'auto (bfloat16 on TPU and GPU, float32 on CPU) | float32 | bfloat16. Parameters '
                   'are always float32'),
   attention=S('auto', EXECUTION, 'auto (chosen by device) | plain | blocks (CPU) | splash (TPU) | hopper | triton | '
-              'cudnn (GPU)'),
+              'cudnn (GPU). The sampler always reads prompts with auto'),
   remat_policy=S('none', EXECUTION, 'what is saved for the backward pass, which computes the rest again; from most to '
                  'least memory: none (everything is saved) | matmuls | qkv | attention | full (only the input of each '
                  'block)'),
@@ -139,7 +139,7 @@ MESH = dict(
   data=S(1, EXECUTION, 'devices that hold copies of the model, each with its own rows; -1: all that remain'),
   fsdp=S(-1, EXECUTION, 'devices that split weights and rows; -1: all that remain'),
   expert=S(1, EXECUTION, 'devices that split the experts'),
-  context=S(1, EXECUTION, 'devices that split the sequence'),
+  context=S(1, EXECUTION, 'devices that split the sequence; divides data.sequence_length'),
   tensor=S(1, EXECUTION, 'devices that split heads, hidden width and vocabulary'),
 )
 

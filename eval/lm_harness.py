@@ -19,6 +19,7 @@ over the devices of all processes. Process 0 writes the results.
 """
 
 import collections
+import dataclasses
 import functools
 import hashlib
 import json
@@ -39,6 +40,7 @@ from lm_eval.tasks import TaskManager
 from betarank import data, model
 from betarank.configs import errors, load
 from betarank.configs.files import write_atomically
+from betarank.eval import generation_kwargs
 from betarank.eval.config import (
   CheckpointRef,
   EvalError,
@@ -95,6 +97,8 @@ class Betarank(TemplateLM):
         load.override(config, key, str(value))
       run = eval_run(config, subject)
     self._run, self._rank, self._world_size = run, 0, 1
+    # Rows have other lengths than in training, and not every kernel supports them.
+    self._model = dataclasses.replace(run.model, attention='auto')
     self.max_length = max_length or setup.trained_length(subject.meta)
     self.batch_size = int(batch_size or run.eval.probe.batch_size)
     self._tokens = read_tokenizer(run, subject)
@@ -165,7 +169,7 @@ class Betarank(TemplateLM):
         tokens_BT[b, : len(rows[i][0])] = rows[i][0]
         live_BT[b, : len(rows[i][0]) - 1] = 1
       with jax.set_mesh(self._mesh):
-        logp_BT, greedy_BT = jax.device_get(_score(self._run.model, self._params, tokens_BT, live_BT))
+        logp_BT, greedy_BT = jax.device_get(_score(self._model, self._params, tokens_BT, live_BT))
       for b, i in enumerate(some):
         tokens, count = rows[i]
         asked = slice(len(tokens) - 1 - count, len(tokens) - 1)
@@ -200,38 +204,15 @@ class Betarank(TemplateLM):
       alike[json.dumps(request.args[1], sort_keys=True)].append(i)
     texts: list[str] = [''] * len(requests)
     for key, members in alike.items():
-      until, s = self._how(json.loads(key))
+      until, s = generation_kwargs.sampler_config(
+        normalize_gen_kwargs(json.loads(key), _DEFAULT_NEW_TOKENS), self.max_length,
+        self._run.eval.sample.decode_batch_size)
       contexts = [self.tok_encode(requests[i].args[0])[-s.max_prompt_tokens:] for i in members]
       _check_alike([key, contexts])
       for i, text in self._draw(s, [Prompt(i, tokens) for i, tokens in zip(members, contexts)]):
         texts[i] = postprocess_generated_text(text, until, None)
         self.cache_hook.add_partial('generate_until', requests[i].args, texts[i])
     return texts
-
-  def _how(self, asked: dict[str, Any]) -> tuple[list[str], SamplerConfig]:
-    """Returns (stop strings, settings of the sampler) for a task's generation_kwargs.
-
-    The sampler accepts prompts of up to max_length - max_gen_toks tokens, so that there is room for the answer. The
-    caller removes the first tokens of longer prompts.
-
-    Raises:
-      EvalError: generation_kwargs has a value that isn't supported.
-    """
-    told = dict(normalize_gen_kwargs(asked, _DEFAULT_NEW_TOKENS))
-    until, new = told.pop('until'), told.pop('max_gen_toks')
-    temperature = float(told.pop('temperature', 0.0)) if told.pop('do_sample') else 0.0
-    top_p, top_k = float(told.pop('top_p', 1.0)), int(told.pop('top_k', 0))
-    if told:
-      raise EvalError(f'a task asks for {", ".join(f"{k}={v!r}" for k, v in told.items())}, which the sampler doesn\'t '
-                      'know; it knows until, max_gen_toks, do_sample, temperature, top_p and top_k')
-    if new >= self.max_length:
-      raise EvalError(f'a task asks for {new} new tokens, which leaves no room for its question in max_length = '
-                      f'{self.max_length}; give a larger --max_length')
-    try:
-      rows = self._run.eval.sample.decode_batch_size
-      return until, SamplerConfig(rows, self.max_length - new, new, temperature, top_p, top_k)
-    except ValueError as error:
-      raise EvalError(f'a task, or config.eval.sample, asks for what can\'t be: {error}') from None
 
   def _draw(self, s: SamplerConfig, prompts: list[Prompt]) -> Iterator[tuple[int, str]]:
     try:

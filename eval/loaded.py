@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from betarank import data, model
+from betarank import data
 from betarank.configs import settings
 from betarank.eval import config
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun
@@ -63,7 +63,7 @@ def load_model(path: str, tokenizer: str | None = None) -> Loaded:
   resolved.data.tokenizer = tokenizer or resolved.data.get('tokenizer', '')
   run = config.eval_run(resolved, ref)
   keep_programs()
-  mesh = model.make_mesh(MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1])
+  mesh = setup.make_mesh(MeshConfig(1, 1, 1, 1, 1), run.model, {}, jax.devices()[:1])
   objective = label(setup.whole_config(ref.meta).get('objective')) or 'objective unknown'
   return Loaded(ref, run, str(ref.run), objective, config.read_tokenizer(run, ref), config.restore(run, ref, mesh))
 

@@ -31,7 +31,7 @@ from betarank.data import Batch
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun, make_mesh, read_tokenizer, restore
 from betarank.model.sharding import constrain
 from betarank.runtime import multihost
-from betarank.train import score
+from betarank.train import score, setup
 
 HIGH_ENTROPY_SHARE = 0.2  # the share of tokens at which reasoning branches (arXiv 2506.01939)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -54,6 +54,7 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef], stop: Callable[[], No
   head = min(settings.top_k or run.top_k, c.vocab_size)
   tokenizer = read_tokenizer(run, subjects[-1])
   mesh = make_mesh(run, 'eval.probe.batch_size', settings.batch_size)
+  setup.check_length('data.sequence_length', run.data.sequence_length, c, mesh)
   config = {**dataclasses.asdict(run.eval), 'probe': dataclasses.asdict(settings) | {'top_k': head}}
   # The settings that determine the figures. batch_size isn't one of them: it only affects the computation.
   tokens = {name: _fingerprint(run, name) for name in run.data.sources}

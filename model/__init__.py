@@ -21,7 +21,7 @@ Profiles and the planner (launch/plan/predict.py) identify the decoder's parts b
     final_norm          RMSNorm after the last layer
 """
 
-from betarank.model.attention import GPU_ONLY_ATTENTION
+from betarank.model.attention import GPU_ONLY_ATTENTION, check_kernel
 from betarank.model.config import ModelConfig, MoeConfig, flops_per_token, parameter_counts
 from betarank.model.decode import Cache, empty_cache
 from betarank.model.moe import Routing, update_router_bias
@@ -38,6 +38,7 @@ __all__ = [
   'Routing',
   'abstract',
   'check_divides',
+  'check_kernel',
   'empty_cache',
   'flops_per_token',
   'forward',

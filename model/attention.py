@@ -23,7 +23,7 @@ KERNELS = ('auto', 'plain', 'blocks', 'splash', 'hopper', 'triton', 'cudnn')
 # Llama 3.1's rope scaling: the length of the texts in pre-training, in tokens, and how often a pair of dimensions turns
 # in this length if its frequency is kept (at least 4 times) or divided (at most once). All published models have these.
 ROPE_CONTEXT, ROPE_TURNS = 8192, (4.0, 1.0)
-GPU_ONLY_ATTENTION = ('hopper', 'cudnn')  # the others run everywhere, though slowly where they are interpreted
+GPU_ONLY_ATTENTION = ('hopper', 'cudnn')  # the others run on every platform; see `check_kernel` for the rows
 
 
 def angles(positions_BT: jax.Array, width: int, base: float, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
@@ -98,12 +98,36 @@ def rows_attention(kernel: str, segments_BT: jax.Array, dtype, kv_heads: int, wi
     segments_BT: int32, the number of each token's document; 0 is padding.
     dtype: the dtype of q, k and v.
     kv_heads, width: K and H, the number of key heads and their width.
+
+  Raises:
+    ValueError: `kernel` doesn't support such rows; see `check_kernel`.
   """
   if kernel == 'auto':
     kernel = next(_supported(segments_BT.shape[1], kv_heads, width, dtype))
+  check_kernel(kernel, segments_BT.shape[1], kv_heads, width, dtype)
   makers = {
     'plain': _plain, 'blocks': _blocks, 'splash': _splash, 'hopper': _hopper, 'triton': _triton, 'cudnn': _cudnn}
   return makers[kernel](segments_BT)
+
+
+def check_kernel(kernel: str, length: int, kv_heads: int, width: int, dtype) -> None:
+  """Raises ValueError if a kernel doesn't support such rows on the current platform and mesh.
+
+  The message begins with 'attention='. The arguments are those of `rows_attention` and `_supported`.
+  """
+  multiple = {'splash': 128 * shards('length'), 'triton': 128, 'hopper': 128, 'cudnn': 2}.get(kernel, 1)
+  if length % multiple:
+    raise ValueError(f'attention={kernel} needs rows of a multiple of {multiple} tokens, got {length}')
+  if kernel in ('triton', 'hopper') and kv_heads % shards('row_heads'):
+    raise ValueError(f'attention={kernel} needs kv_heads that {shards("row_heads")} devices (tensor x context) divide, '
+                     f'got {kv_heads}')
+  # On other platforms, splash and triton are interpreted, which works for heads of any width. 'auto' doesn't choose
+  # triton for float32, which it supports.
+  compiled = kernel in GPU_ONLY_ATTENTION or (kernel, platform()) in (('splash', 'tpu'), ('triton', 'gpu'))
+  choice = _supported(length, kv_heads, width, jnp.bfloat16 if kernel == 'triton' else dtype)
+  if compiled and kernel not in choice:
+    raise ValueError(f'attention={kernel} does not support head_dim={width} and {jnp.dtype(dtype).name} on '
+                     f'{device_kind()} with jax {jax.__version__}')
 
 
 def _supported(length: int, kv_heads: int, width: int, dtype) -> Iterator[str]:

@@ -62,6 +62,9 @@ class MoeConfig:
       if getattr(self, name) not in known:
         raise ValueError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
     if not self.experts:
+      for name in ('shared_d_ff', 'balance_weight'):
+        if getattr(self, name):
+          raise ValueError(f'{name} must be 0 without experts, got {getattr(self, name)}')
       return
     if not 1 <= self.experts_per_token <= self.experts:
       raise ValueError(f'experts_per_token must be from 1 to experts = {self.experts}, got {self.experts_per_token}')
@@ -140,7 +143,7 @@ def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
   attention = c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
   norms = 2 * c.d_model + 2 * c.head_dim * c.qk_norm
   moe = c.moe
-  experts = moe.experts_per_token if active else moe.experts
+  experts = min(moe.experts_per_token, moe.experts) if active else moe.experts
   return {
     'embedding': c.vocab_size * c.d_model,
     'attention': c.layers * attention,

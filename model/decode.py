@@ -103,7 +103,7 @@ def unit_rows(c: ModelConfig) -> int:
   return max(1, 16 * c.kv_heads // c.heads)
 
 
-def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelConfig):
+def attend_layers(cache: Cache, segments_BT: jax.Array, c: ModelConfig):
   """Returns (attend, cache) for a forward pass over T new tokens per row.
 
   attend(pages_P2KSH, q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, pages_P2KSH) computes one layer's attention, and writes the
@@ -111,16 +111,15 @@ def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelCon
   new tokens.
 
   If T = 1, the token is the next token of its row. If T > 1, the rows must be empty, and the T tokens are their
-  prompts.
+  prompts. T can then be any number, so the kernel is chosen by T, and not by c.attention.
 
   segments_BT: int32, 0 for padding. Padding must follow the tokens of a row, and isn't counted in the lengths.
-  kernel: the implementation of attention within prompts, one of attention.KERNELS.
   """
   real_BT = segments_BT > 0
   count_B = jnp.sum(real_BT, 1, dtype=jnp.int32)
   table, heads, rows, by_token = cache.table, ('batch', 'act_heads', None), ('batch',), ('batch', None)
   if segments_BT.shape[1] > 1:
-    attend_rows = rows_attention(kernel, segments_BT, c.dtype, c.kv_heads, c.head_dim)
+    attend_rows = rows_attention('auto', segments_BT, c.dtype, c.kv_heads, c.head_dim)
     keys = ('batch', None, 'act_heads', None)
     fill = _on_shards(_fill, (PAGES_AXES, keys, keys, by_token), PAGES_AXES)
     pages_BI = table.pages_BJ[:, : cache.prompt_pages]
@@ -163,7 +162,7 @@ def _step(prompt_pages, pages_P2KSH, q_BNH, k_BKH, v_BKH, length_B, real_B, *tab
   table: the fields of a Table.
   """
   table, (size, width), on = Table(*table), pages_P2KSH.shape[3:], platform()
-  if on == 'tpu' and pages_tpu.fits(size, width):
+  if on == 'tpu' and pages_tpu.fits(q_BNH, pages_P2KSH, table):
     return pages_tpu.step(pages_P2KSH, q_BNH, k_BKH, v_BKH, table, length_B, real_B, prompt_pages)
   page_B = jnp.take_along_axis(table.pages_BJ, (prompt_pages + length_B // size)[:, None], 1, mode='clip')[:, 0]
   page_B = jnp.where(real_B, page_B, len(pages_P2KSH))  # out of range: not written

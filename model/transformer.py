@@ -172,7 +172,7 @@ class Transformer(nnx.Module):
     x_BTD: the embedded tokens. The other arguments are those of `forward_routed`.
     """
     with jax.named_scope('attention/mask'):
-      attend, after = attend_layers(cache, segments_BT, self.c.attention, self.c)
+      attend, after = attend_layers(cache, segments_BT, self.c)
     pages_LP2KSH, routings = list(cache.pages_LP2KSH), []
 
     @jax.jit  # traced and lowered once for all layers

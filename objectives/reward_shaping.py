@@ -123,11 +123,13 @@ def shaped_loss(logits, targets, shaping):
   """
   check_shapes(logits.shape[:-1], 'logits', targets)
   vocab = logits.shape[-1]
+  # Before stop_gradient, which under jit turns all numbers into traced values.
+  with_top_k, with_smoothing = shaping.rewards_wrong_tokens, not is_zero(shaping.smoothing)
   shaping = jax.lax.stop_gradient(shaping)
 
   logits = jnp.maximum(logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)  # -inf masks become finite
   in_top_k = None
-  if shaping.rewards_wrong_tokens:
+  if with_top_k:
     shaping.check_vocabulary(vocab)
     in_top_k = top_k_mask(logits, shaping.top_k)  # before the subtraction below, which can make two logits equal
   # Subtracting the largest logit preserves small differences between large logits.
@@ -142,12 +144,12 @@ def shaped_loss(logits, targets, shaping):
   cost, weight = jax.lax.stop_gradient(shaping.positive(margin))
   loss = cost + weight * (nll - jax.lax.stop_gradient(nll))  # the value of `cost`, the gradient of -sg(w) log p
 
-  if shaping.rewards_wrong_tokens:
+  if with_top_k:
     probs = jax.nn.softmax(logits, -1)
     head_mass = jnp.sum(probs, -1, where=in_top_k & ~is_target)
     tail_mass = jnp.sum(probs, -1, where=~in_top_k & ~is_target)
     loss -= shaping.lambda_head * head_mass + shaping.lambda_tail * tail_mass
-  if not is_zero(shaping.smoothing):
+  if with_smoothing:
     loss += shaping.smoothing * (jax.nn.logsumexp(logits, -1) - logits.mean(-1))
   if shaping.z_loss:
     loss += shaping.z_loss * (jax.nn.logsumexp(logits, -1) + largest[..., 0]) ** 2

@@ -20,7 +20,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,6 +126,9 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   long = [check_prompts(tokenizer, some, rl.max_prompt_tokens, rl.long_prompts == 'skip', name)
           for name, some in checked.items()]
   mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
+  for new in rl.max_new_tokens:
+    for _, length in row_shapes(rl, new, mesh.shape):
+      setup.check_length('rl.max_prompt_tokens + max_new_tokens', length, run.model, mesh)
   samplers = make_samplers(run, tokenizer, mesh)
 
   # Created before any device work, because it fails on systems that can't run programs safely.
@@ -216,6 +219,12 @@ def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sam
     return [Sampler(run.model, s, tokenizer.eos, mesh) for s in settings]
   except ValueError as error:
     raise ConfigError(f'config.rl.{error}') from None
+
+
+def row_shapes(rl: RlConfig, new: int, mesh_shape: Mapping[str, int]) -> list[tuple[int, int]]:
+  """Returns the shapes of microbatches (see `packing.shapes`) in a phase with answers of up to `new` tokens."""
+  ways = math.prod(mesh_shape[axis] for axis in model.RULES['batch'])
+  return packing.shapes(rl.max_prompt_tokens + new, rl.microbatch_tokens, ways, mesh_shape['context'])
 
 
 def sample_and_judge(
@@ -316,9 +325,7 @@ def minibatches(parts: Parts, groups: list[Group], step: int) -> list[list[Micro
   rule = rl.reward_rule(step)
   rewards_PG, valid_PG = map(np.array, zip(*(group.rewards(rule) for group in groups)))
   advantages_PG = advantages(rl.advantage, rewards_PG, valid_PG)
-  longest = rl.max_prompt_tokens + rl.max_new_tokens[rl.phase(step)]
-  ways = math.prod(parts.rows_by_token.mesh.shape[axis] for axis in model.RULES['batch'])
-  of = packing.shapes(longest, rl.microbatch_tokens, ways)
+  of = row_shapes(rl, rl.max_new_tokens[rl.phase(step)], parts.rows_by_token.mesh.shape)
   each = rl.prompts_per_step // rl.minibatches
   answers = [
     [Answer(group.prompt, sample, float(advantage))

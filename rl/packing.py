@@ -69,7 +69,7 @@ class Microbatch:
   choices_BTLk: Any = None
 
 
-def shapes(longest: int, tokens: int, ways: int) -> list[tuple[int, int]]:
+def shapes(longest: int, tokens: int, ways: int, context: int = 1) -> list[tuple[int, int]]:
   """Returns the shapes (R, T) of microbatches, the largest first.
 
   In the first shape, a row has room for the longest sample. In later shapes, rows may be shorter.
@@ -78,7 +78,8 @@ def shapes(longest: int, tokens: int, ways: int) -> list[tuple[int, int]]:
     longest: the greatest length of a sample, in positions.
     tokens: the approximate number of positions per device in the first shape; 0 means TOKENS. The exact number differs,
       because a row has room for the longest sample and the number of rows is a power of two.
-    ways: the number of devices over which rows are split. R is a multiple of this number.
+    ways: the number of devices over which rows are distributed. R is a multiple of this number.
+    context: the number of devices that share the positions of a row. T is a multiple of this number.
   """
   tokens = max(tokens or TOKENS, longest)
   length = longest * min(SAMPLES_PER_ROW, max(min(tokens, TOKENS) // longest, 1))
@@ -91,7 +92,7 @@ def shapes(longest: int, tokens: int, ways: int) -> list[tuple[int, int]]:
   for _ in range(HALVINGS):
     rows, length = found[-1]
     found.append((rows // 2, length) if rows > 1 else (1, -(-length // 2)))
-  return [(rows * ways, length) for rows, length in found]
+  return [(rows * ways, length + -length % context) for rows, length in found]
 
 
 def arrange(lengths: Sequence[int], of: Sequence[tuple[int, int]]) -> list[tuple[int, list[list[int]]]]:

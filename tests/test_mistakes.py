@@ -118,6 +118,11 @@ MISTAKES = [
   ('train --config=tests/tiny.py:dir={data} --workdir={new} --config.model.attention=cudnn', 'GPU'),
   ('train --config=tests/tiny.py:dir={data} --workdir={new} --config.model.attention=hopper', 'GPU'),
   ('train --config=tests/tiny.py:dir={data} --workdir={new} --config.model.attention=flash', 'attention'),
+  ('train --config=tests/tiny.py:dir={data} --workdir={new} --config.model.attention=triton',
+   'config.model.attention=triton needs rows of a multiple of 128 tokens, got 32, for config.data.sequence_length'),
+  ('train --config=tests/tiny.py:dir={data} --workdir={new} --config.train.mesh.context=8 '
+   '--config.data.sequence_length=36',
+   'config.data.sequence_length must be a multiple of config.train.mesh.context = 8, got 36'),
   ('train --config=tests/tiny.py:dir={data} --workdir={new} --config.train.mesh.fsdp=3', 'mesh'),
   ('train --config=tests/tiny.py:dir={data} --workdir={new} --config.model.d_ff=2e9',
    'config.model: parameters and optimizer state take 4,608.'),

@@ -68,6 +68,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   for source in run.data.sources:
     data.check_prepared(run.data, source)
   mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
+  setup.check_length('data.sequence_length', run.sequence_length, run.model, mesh)
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))

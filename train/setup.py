@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import sys
 import threading
@@ -33,6 +34,7 @@ from betarank.runtime.program_cache import keep_programs
 from betarank.runtime.state import TrainState, abstract_state, create_state, shard_bytes
 
 BATCH_AXES = ('data', 'fsdp', 'expert')  # mesh axes that split rows
+_BEFORE_AMPERE = r'[1-7]\.'  # compute capabilities of GPUs without bfloat16
 SAVE_DEADLINE_S = 1800  # how long a failed run waits for a save in progress; that of a large model takes minutes
 
 
@@ -48,12 +50,17 @@ def make_mesh(
     devices: the devices to use, as in jax.make_mesh. None means all devices.
 
   Raises:
-    ConfigError: the devices can't form this mesh, the mesh doesn't divide the model or the rows, or the model's
-      attention runs only on a GPU. The message names the config key.
+    ConfigError: the devices can't form this mesh, the mesh doesn't divide the model or the rows, the model's attention
+      runs only on a GPU, or the GPU is older than Ampere. The message names the config key.
   """
-  on = (jax.devices() if devices is None else devices)[0].platform
+  device = (jax.devices() if devices is None else devices)[0]
+  on = device.platform
   if devices is None:
     keep_programs()
+  capability = getattr(device, 'compute_capability', '')  # such as '9.0'; only devices of GPUs have it
+  if re.match(_BEFORE_AMPERE, capability):
+    raise ConfigError(f'{device.device_kind}: the kernels need an NVIDIA GPU of compute capability 8.0 (Ampere) or '
+                      f'later, got {capability}')
   if c.attention in model.GPU_ONLY_ATTENTION and on != 'gpu':
     raise ConfigError(f'config.model.attention={c.attention} runs only on a GPU, and this is a {on.upper()}; '
                       'auto chooses what suits it')
@@ -153,6 +160,21 @@ def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches:
   if rows % ways:
     raise ConfigError(f'config.{key} must be a multiple of {" x ".join(sizes)} = '
                       f'{" x ".join(map(str, sizes.values()))}, got {rows}')
+
+
+def check_length(key: str, length: int, c: model.ModelConfig, mesh: Mesh) -> None:
+  """Raises ConfigError if the mesh can't split rows of `length` tokens, or the model's attention doesn't support them.
+
+  key: the config key that sets the length, for the message.
+  """
+  if length % mesh.shape['context']:
+    raise ConfigError(f'config.{key} must be a multiple of config.train.mesh.context = {mesh.shape["context"]}, got '
+                      f'{length}')
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    try:
+      model.check_kernel(c.attention, length, c.kv_heads, c.head_dim, c.dtype)
+    except ValueError as error:
+      raise ConfigError(f'config.model.{error}, for config.{key}; auto chooses what suits it') from None
 
 
 def read_tokenizer(path: str, c: model.ModelConfig, trained: Mapping[str, Any] | None = None) -> data.Tokenizer:
@@ -274,12 +296,13 @@ def _check_memory(state: TrainState, mesh: Mesh) -> None:
   device, needed = mesh.local_devices[0], shard_bytes(state)
   if device.platform == 'cpu':
     needed *= len(mesh.local_devices)
-    room, where = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'), 'this machine'
+    room, where = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'), 'this machine has {:,.1f} GB'
   else:
-    room, where = (device.memory_stats() or {}).get('bytes_limit', needed), f'each {device.device_kind}'
+    room = (device.memory_stats() or {}).get('bytes_limit', needed)  # less than the device has
+    where = f'JAX may use {{:,.1f}} GB of each {device.device_kind}'
   if needed > room:
-    raise ConfigError(f'config.model: parameters and optimizer state take {needed / 1e9:,.1f} GB, and {where} has '
-                      f'{room / 1e9:,.1f} GB')
+    raise ConfigError(f'config.model: parameters and optimizer state take {needed / 1e9:,.1f} GB, and '
+                      + where.format(room / 1e9))
 
 
 def check_same_function(c: model.ModelConfig, trained: Mapping[str, Any], fields: tuple[str, ...]) -> None:

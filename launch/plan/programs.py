@@ -31,6 +31,7 @@ def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
 
   Raises:
     PlanError: the mesh or the batch doesn't fit these devices. The message names a mesh or batch that fits.
+    ConfigError: the mesh or the attention doesn't suit the length of rows.
   """
   run, count = work.run, len(devices)
   try:
@@ -48,6 +49,8 @@ def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
       step = microbatches * math.prod(mesh.shape[axis] for axis in model.RULES['batch'])
       near = sorted({max(step, rows // step * step), -(-rows // step) * step})
       raise PlanError(f'{error}; {" or ".join(map(str, near))} would do') from None
+  key = 'rl.max_prompt_tokens + max_new_tokens' if work.rl else 'data.sequence_length'
+  setup.check_length(key, work.microbatch(mesh.shape)[1], run.model, mesh)
   return mesh
 
 

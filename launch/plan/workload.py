@@ -38,7 +38,7 @@ class Workload:
     if not self.rl:
       return self.rows // self.run.microbatches, self.length
     ways = math.prod(mesh_shape[axis] for axis in RULES['batch'])
-    return packing.shapes(self.length, self.rl.microbatch_tokens, ways)[0]
+    return packing.shapes(self.length, self.rl.microbatch_tokens, ways, mesh_shape['context'])[0]
 
   def microbatch_override(self, rows_per_chip: int, chips: int) -> dict[str, str]:
     """Returns {config key: value}, an override of the size of a microbatch.

@@ -19,6 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from betarank.model.kernels.arithmetic import exp2_scale
+
 UNSEEN = -1e30
 HALF = 64  # rows of one warpgroup
 TILE = 2 * HALF  # queries or keys that a program owns at a time
@@ -66,7 +68,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
   A program processes several blocks of queries, one after the other.
   """
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
-  dtype, tiles, scale = q_BTNH.dtype, length // TILE, _scale(width)
+  dtype, tiles, scale = q_BTNH.dtype, length // TILE, exp2_scale(width)
   if length % TILE or width not in (64, 128) or dtype.itemsize != 2:
     raise ValueError(f'The Hopper kernel takes 16-bit heads of 64 or 128 and multiples of 128 tokens: {q_BTNH}')
   items, programs = batch * tiles * heads, min(PROCESSORS, batch * tiles * heads)
@@ -249,7 +251,7 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
   end_BT: for each token, the index after the end of its document.
   """
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
-  dtype, tiles, scale, parts = q_BTNH.dtype, length // TILE, _scale(width), width // HALF
+  dtype, tiles, scale, parts = q_BTNH.dtype, length // TILE, exp2_scale(width), width // HALF
   # steps: the number of blocks of 64 queries from the diagonal to the end of the last key's document. full: the index
   # of the block in which the first key's document ends.
   start_1R = jnp.arange(tiles, dtype=jnp.int32)[None] * (TILE // HALF)
@@ -382,10 +384,6 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
   )(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT * (-1 / scale), -delta_BNT, end_BT,
     *_in_order(order_BR, steps_BR, full_BR), dq)
   return jax.freeze(dq), dk_BTKH, dv_BTKH
-
-
-def _scale(width: int) -> float:
-  return width**-0.5 * math.log2(math.e)  # the kernels use powers of 2 instead of e
 
 
 def _in_order(key_BR, *values_BR) -> list[jax.Array]:

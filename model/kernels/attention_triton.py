@@ -9,7 +9,6 @@ the forward nor the backward pass holds all scores in memory.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from betarank.model.kernels.arithmetic import dot, exp2_scale
 from betarank.model.sharding import platform
 
 UNSEEN = -1e30
@@ -61,15 +61,11 @@ def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT):
   return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, out_BTNH, lse_BNT)
 
 
-def _scale(width: int) -> float:
-  return width**-0.5 * math.log2(math.e)  # the kernels use powers of 2 instead of e
-
-
 def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
   """Returns (out_BTNH, lse_BNT). lse is float32, the base-2 logarithm of the sum of each query's exponentials."""
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   queries, keys, warps, stages = FORWARD
-  scale = _scale(width)
+  scale = exp2_scale(width)
   tiles = length // queries
 
   def body(q_ref, k_ref, v_ref, start_ref, out_ref, lse_ref):
@@ -80,12 +76,12 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
     def step(masked, j, carry):
       out_QH, most_Q, sum_Q = carry
       at = pl.ds(j * keys, keys)
-      s_QS = _dot(q_QH, k_ref[at, :].T)
+      s_QS = dot(q_QH, k_ref[at, :].T)
       if masked:
         s_QS = jnp.where(_seen(j * keys + jnp.arange(keys), start_Q, row_Q), s_QS, UNSEEN)
       new_Q = jnp.maximum(most_Q, s_QS.max(1) * scale)
       p_QS, factor_Q = jnp.exp2(s_QS * scale - new_Q[:, None]), jnp.exp2(most_Q - new_Q)
-      out_QH = out_QH * factor_Q[:, None] + _dot(p_QS.astype(q_QH.dtype), v_ref[at, :])
+      out_QH = out_QH * factor_Q[:, None] + dot(p_QS.astype(q_QH.dtype), v_ref[at, :])
       return out_QH, new_Q, sum_Q * factor_Q + p_QS.sum(1)
 
     carry = jnp.zeros((queries, width), jnp.float32), jnp.full(queries, -jnp.inf), jnp.zeros(queries)
@@ -118,7 +114,7 @@ attention.defvjp(_attention_fwd, _attention_bwd)
 def _dq(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT):
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   queries, keys, warps, stages = DQ
-  scale, tiles = _scale(width), length // queries
+  scale, tiles = exp2_scale(width), length // queries
 
   def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, start_ref, dq_ref):
     tile = tiles - 1 - pl.program_id(2)
@@ -128,11 +124,11 @@ def _dq(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT):
     def step(masked, j, dq_QH):
       at = pl.ds(j * keys, keys)
       k_SH = k_ref[at, :]
-      p_QS = jnp.exp2(_dot(q_QH, k_SH.T) * scale - lse_Q[:, None])
+      p_QS = jnp.exp2(dot(q_QH, k_SH.T) * scale - lse_Q[:, None])
       if masked:
         p_QS = jnp.where(_seen(j * keys + jnp.arange(keys), start_Q, row_Q), p_QS, 0)
-      ds_QS = p_QS * (_dot(dout_QH, v_ref[at, :].T) - delta_Q[:, None])
-      return dq_QH + _dot(ds_QS.astype(k_SH.dtype), k_SH)
+      ds_QS = p_QS * (dot(dout_QH, v_ref[at, :].T) - delta_Q[:, None])
+      return dq_QH + dot(ds_QS.astype(k_SH.dtype), k_SH)
 
     dq_QH = _over_keys(step, start_ref, tile, queries, keys, jnp.zeros((queries, width), jnp.float32))
     dq_ref[...] = (dq_QH * width**-0.5).astype(dq_ref.dtype)
@@ -152,7 +148,7 @@ def _dq(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT):
 def _dkv(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT, end_BT):
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   queries, keys, warps, stages = DKV
-  scale = _scale(width)
+  scale = exp2_scale(width)
 
   def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, start_ref, end_ref, dk_ref, dv_ref):
     tile = pl.program_id(2)
@@ -163,13 +159,13 @@ def _dkv(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT, end_BT
       dk_SH, dv_SH = carry
       at = pl.ds(i * queries, queries)
       q_QH, dout_QH = q_ref[at, g], dout_ref[at, g]
-      p_SQ = jnp.exp2(_dot(k_SH, q_QH.T) * scale - lse_ref[g, at][None])
+      p_SQ = jnp.exp2(dot(k_SH, q_QH.T) * scale - lse_ref[g, at][None])
       if masked:
         row_Q = i * queries + jnp.arange(queries)
         p_SQ = jnp.where(_seen(key_S, start_ref[at], row_Q).T, p_SQ, 0)
-      dv_SH += _dot(p_SQ.astype(q_QH.dtype), dout_QH)
-      ds_SQ = p_SQ * (_dot(v_SH, dout_QH.T) - delta_ref[g, at][None])
-      return dk_SH + _dot(ds_SQ.astype(q_QH.dtype), q_QH), dv_SH
+      dv_SH += dot(p_SQ.astype(q_QH.dtype), dout_QH)
+      ds_SQ = p_SQ * (dot(v_SH, dout_QH.T) - delta_ref[g, at][None])
+      return dk_SH + dot(ds_SQ.astype(q_QH.dtype), q_QH), dv_SH
 
     # Three ranges of queries: those at the diagonal, which see some keys; those in the first key's document, which see
     # all keys; and the rest, which see some keys.
@@ -220,11 +216,6 @@ def _seen(key_S, start_Q, row_Q) -> jax.Array:
   start_Q: the index at which each query's document starts.
   """
   return (key_S[None] >= start_Q[:, None]) & (key_S[None] <= row_Q[:, None])
-
-
-def _dot(a, b) -> jax.Array:
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _call(body, name: str, warps: int, stages: int, **settings):

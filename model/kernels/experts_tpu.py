@@ -10,10 +10,10 @@ last tile. On a chip with two cores, each core takes half of the used tiles, whi
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from betarank.model.kernels.arithmetic import dot
 from betarank.model.sharding import cores, platform
 
 VMEM_BYTES = 48 * 2**20  # v5e and v6e have 128 MiB, v5p has 64 MiB; the compiler's default limit is 16 MiB
@@ -46,9 +46,9 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
 def _forward(expert_C, work, x_ref, weight_ref, gate_ref, up_ref, down_ref, out_ref):
   @pl.when(_works(work))
   def _():
-    gate_RF, up_RF = _dot(x_ref[0], gate_ref[0]), _dot(x_ref[0], up_ref[0])
+    gate_RF, up_RF = dot(x_ref[0], gate_ref[0]), dot(x_ref[0], up_ref[0])
     hidden_RF = gate_RF * jax.nn.sigmoid(gate_RF) * up_RF * weight_ref[0]
-    out_ref[0] = _dot(hidden_RF.astype(x_ref.dtype), down_ref[0]).astype(out_ref.dtype)
+    out_ref[0] = dot(hidden_RF.astype(x_ref.dtype), down_ref[0]).astype(out_ref.dtype)
 
 
 def _backward(expert_C, work, x_ref, weight_ref, dout_ref, gate_ref, up_ref, down_ref, dx_ref, dweight_ref, *grads):
@@ -64,29 +64,23 @@ def _backward(expert_C, work, x_ref, weight_ref, dout_ref, gate_ref, up_ref, dow
   @pl.when(_works(work))
   def _():
     x_RD, dout_RD, weight_R1 = x_ref[0], dout_ref[0], weight_ref[0]
-    gate_RF, up_RF = _dot(x_RD, gate_ref[0]), _dot(x_RD, up_ref[0])
+    gate_RF, up_RF = dot(x_RD, gate_ref[0]), dot(x_RD, up_ref[0])
     sigmoid_RF = jax.nn.sigmoid(gate_RF)
     silu_RF = gate_RF * sigmoid_RF
-    dhidden_RF = _dot(dout_RD, down_ref[0], (1, 1))
+    dhidden_RF = dot(dout_RD, down_ref[0], (1, 1))
     dweight_ref[0] = jnp.sum(dhidden_RF * silu_RF * up_RF, 1, keepdims=True)
     dhidden_RF *= weight_R1
     low = lambda x: x.astype(x_RD.dtype)
     dgate_RF = low(dhidden_RF * up_RF * (sigmoid_RF + silu_RF * (1 - sigmoid_RF)))
     dup_RF, hidden_RF = low(dhidden_RF * silu_RF), low(silu_RF * up_RF * weight_R1)
-    dx_ref[0] = low(_dot(dgate_RF, gate_ref[0], (1, 1)) + _dot(dup_RF, up_ref[0], (1, 1)))
+    dx_ref[0] = low(dot(dgate_RF, gate_ref[0], (1, 1)) + dot(dup_RF, up_ref[0], (1, 1)))
     for ref, a, b in zip(sums, (x_RD, x_RD, hidden_RF), (dgate_RF, dup_RF, dout_RD), strict=True):
-      ref[...] += _dot(a, b, (0, 0))
+      ref[...] += dot(a, b, (0, 0))
 
   @pl.when((step == last) | (expert(step) != expert(step + 1)))
   def _():
     for ref, total in zip(grads, sums, strict=True):
       ref[0] = total[...].astype(ref.dtype)
-
-
-def _dot(a, b, contract=(1, 0)) -> jax.Array:
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
-                         preferred_element_type=jnp.float32)
 
 
 def _grid(tiles: int) -> tuple[int, int]:

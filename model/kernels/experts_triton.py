@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from betarank.model.kernels.arithmetic import dot
 from betarank.model.sharding import platform
 
 MOST, DEPTH = 128, 64  # the largest block of the output (rows and columns), and of the contracted dimension
@@ -69,7 +70,7 @@ def _matmul(x_CRI, w, expert_C, used, transposed: bool) -> jax.Array:
       def add(i, sum_RO):
         along = pl.ds(i * step, step)
         w = w_ref[expert, columns, along].T if transposed else w_ref[expert, along, columns]
-        return sum_RO + _dot(x_ref[:, along], w)
+        return sum_RO + dot(x_ref[:, along], w)
 
       out_ref[...] = lax.fori_loop(
         0, depth // step, add, jnp.zeros((block_R, block_O), jnp.float32)).astype(out_ref.dtype)
@@ -100,7 +101,7 @@ def _gradient(x_CRI, dout_CRO, expert_C, used, like: jax.Array) -> jax.Array:
 
     def add(i, sum_IO):
       along = pl.ds(i * step, step)
-      return sum_IO + _dot(x_ref[along, ins].T, dout_ref[along, outs])
+      return sum_IO + dot(x_ref[along, ins].T, dout_ref[along, outs])
 
     steps = rows // step
     out_ref[...] = lax.fori_loop(
@@ -125,11 +126,6 @@ def _backward(saved, dout_CRO):
 
 
 product.defvjp(lambda *args: (product(*args), args), _backward)
-
-
-def _dot(a, b) -> jax.Array:
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _block(size: int, most: int = MOST) -> int:

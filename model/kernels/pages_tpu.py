@@ -15,16 +15,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from betarank.model.kernels.arithmetic import dot
 from betarank.model.sharding import cores, platform
 
 UNSEEN = -1e30
 BLOCK_BYTES = 2**19  # large enough for fetching at the memory's rate
+SMEM_BYTES = 2**20  # the memory for scalars
+VMEM_BYTES = 24 * 10**6  # of all rows' data; compiled for v5e (libtpu 0.0.52), 23.6 MB fit and 47 MB don't
 WRITTEN = 16  # tokens that are written at once; one bfloat16 token isn't contiguous in memory
 
 
-def fits(size: int, width: int) -> bool:
-  """Returns True if the kernel supports pages of this size and heads of this width."""
-  return size % WRITTEN == 0 and width % 128 == 0
+def fits(q_RNH, pages_P2KSH, table) -> bool:
+  """Returns True if the kernel supports these pages and heads, and if the data of all rows fits on the chip.
+
+  Only the shapes and the dtype of the arguments are used. They are those of `step`.
+  """
+  (rows, heads, width), (kv_heads, size), itemsize = q_RNH.shape, pages_P2KSH.shape[2:4], q_RNH.dtype.itemsize
+  least = max(1, 4 // itemsize)  # queries of a key head in VMEM; fewer are padded
+  scalars = 4 * rows * (pl.cdiv(table.pages_BJ.shape[1], 128) * 128 + 5)  # the table, and five numbers per row
+  of_key_head = 2 * (max(heads // kv_heads, least) + least)  # queries and outputs, the new key and value
+  vectors = rows * kv_heads * of_key_head * width * itemsize
+  return size % WRITTEN == 0 and width % 128 == 0 and scalars <= SMEM_BYTES and vectors <= VMEM_BYTES
 
 
 def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages: int):
@@ -125,7 +136,7 @@ def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages
 
       seen_1B = lax.broadcasted_iota(jnp.int32, (1, block_tokens), 1) < tokens
       for k in range(kv_heads):
-        score_GB = _dot(q_ref[row, k], block_ref[slot, 0, k], 1) * width**-0.5
+        score_GB = dot(q_ref[row, k], block_ref[slot, 0, k], (1, 1)) * width**-0.5
         score_GB = jnp.where(seen_1B, score_GB, UNSEEN)
         most_G1 = most_ref[k]
         new_G1 = jnp.maximum(most_G1, score_GB.max(1, keepdims=True))
@@ -133,7 +144,7 @@ def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages
         fade_G1 = jnp.exp(most_G1 - new_G1)
         most_ref[k] = new_G1
         sum_ref[k] = sum_ref[k] * fade_G1 + weight_GB.sum(1, keepdims=True)
-        total_ref[k] = total_ref[k] * fade_G1 + _dot(weight_GB.astype(block_ref.dtype), block_ref[slot, 1, k], 0)
+        total_ref[k] = total_ref[k] * fade_G1 + dot(weight_GB.astype(block_ref.dtype), block_ref[slot, 1, k])
 
       @pl.when(ends)
       def _():
@@ -168,9 +179,3 @@ def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages
     interpret=platform() != 'tpu',
   )(*scalars, q_RNH.reshape(rows, kv_heads, group, width), jnp.stack([k_RKH, v_RKH], 1)[:, :, :, None], pages_P2KSH)
   return out_CRKGH.sum(0, dtype=q_RNH.dtype).reshape(q_RNH.shape), pages_P2KSH  # a row is 0 but on its core
-
-
-def _dot(a, b, contract: int):
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return lax.dot_general(a, b, (((1,), (contract,)), ((), ())), precision=precision,
-                         preferred_element_type=jnp.float32)

@@ -10,7 +10,6 @@ If there are few units, several programs share the pages of a unit.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from betarank.model.kernels.arithmetic import dot, exp2_scale
 from betarank.model.sharding import platform
 
 UNSEEN = -1e30
@@ -43,7 +43,7 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
   (rows, heads, width), (kv_heads, size) = q_RNH.shape, pages_P2KSH.shape[2:4]
   (units, members), group = table.rows_UM.shape, heads // kv_heads
   queries = max(16, pl.next_power_of_2(members * group))
-  scale = width**-0.5 * math.log2(math.e)  # powers of 2 instead of e
+  scale = exp2_scale(width)
   parts = min(16, max(1, PROGRAMS // (kv_heads * pl.cdiv(rows, members))))
 
   def body(q_ref, pages_ref, rows_ref, count_ref, table_ref, prefix_ref, length_ref, out_ref, *lse_refs):
@@ -60,7 +60,7 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
       def step(row, column, length, shared, j, carry):
         out_QH, most_Q, sum_Q = carry
         page = table_ref[row, column + j]
-        s_QS = _dot(q_QH, pages_ref[page, 0, head].T) * scale
+        s_QS = dot(q_QH, pages_ref[page, 0, head].T) * scale
         seen_QS = jnp.broadcast_to((j * size + jnp.arange(size) < length)[None], s_QS.shape)
         if not shared:
           seen_QS &= (row_Q == row)[:, None]
@@ -69,7 +69,7 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
         p_QS, factor_Q = jnp.exp2(s_QS - new_Q[:, None]), jnp.exp2(most_Q - new_Q)
         if not shared:
           p_QS = jnp.where(seen_QS, p_QS, 0)
-        out_QH = out_QH * factor_Q[:, None] + _dot(p_QS.astype(q_QH.dtype), pages_ref[page, 1, head])
+        out_QH = out_QH * factor_Q[:, None] + dot(p_QS.astype(q_QH.dtype), pages_ref[page, 1, head])
         return out_QH, new_Q, sum_Q * factor_Q + p_QS.sum(1)
 
       def over(row, column, length, shared, carry):
@@ -105,8 +105,3 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
   out_CRNH, lse_CRN = out
   weight_CRN = jnp.exp2(lse_CRN - lse_CRN.max(0, keepdims=True))
   return (jnp.sum(out_CRNH * weight_CRN[..., None], 0) / weight_CRN.sum(0)[..., None]).astype(q_RNH.dtype)
-
-
-def _dot(a, b):
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

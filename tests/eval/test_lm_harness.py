@@ -118,9 +118,10 @@ def test_likelihoods_are_those_of_all_logits(ours, run_dir):
 
 def test_texts_end_where_the_task_says(ours):
   question = 'Question: what is 3 + 4?\nSolution:'
-  asked = [dict(max_gen_toks=6), dict(max_gen_toks=6, until=[]), dict(until=['Q'], max_gen_toks=3)]
-  whole, again, short = ours.generate_until(requests('generate_until', [(question, a) for a in asked]))
-  assert whole == again and whole.startswith(short)
+  asked = [dict(max_gen_toks=6), dict(max_gen_toks=6, until=[]), dict(max_gen_toks=6, do_sample=False),
+           dict(max_gen_toks=6, do_sample=False, temperature=0.0), dict(until=['Q'], max_gen_toks=3)]
+  whole, *same, short = ours.generate_until(requests('generate_until', [(question, a) for a in asked]))
+  assert same == [whole] * 3 and whole.startswith(short)
   tokens = ours.tok_encode(question)
   for _ in range(6):
     likely = ours._score([(None, tokens, [t]) for t in range(384)])

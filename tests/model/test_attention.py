@@ -3,6 +3,7 @@ per row.
 """
 
 import contextlib
+import dataclasses
 import types
 
 import jax
@@ -14,6 +15,7 @@ from betarank import model
 from betarank.model import attention
 from betarank.model.attention import rows_attention
 from betarank.model.transformer import remat_policy
+from tests import parameters
 
 B, T, N, K, H = 2, 256, 4, 2, 128
 on_cpu = pytest.mark.skipif(jax.default_backend() == 'gpu', reason='interpreted; float32 blocks do not fit a card')
@@ -91,6 +93,46 @@ def test_triton_equals_plain_for_documents_of_any_length():
   want, got = (output_and_gradients(kernel, *inputs, segments_BT) for kernel in ('plain', 'triton'))
   for a, b in zip(want, got, strict=True):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+
+
+@pytest.mark.parametrize('kernel, length, kv_heads, shape, message', [
+  ('triton', 200, 2, None, 'attention=triton needs rows of a multiple of 128 tokens, got 200'),
+  ('hopper', 12, 2, None, 'attention=hopper needs rows of a multiple of 128 tokens, got 12'),
+  ('splash', 200, 2, None, 'attention=splash needs rows of a multiple of 128 tokens, got 200'),
+  ('splash', 384, 2, (1, 1, 1, 2, 1), 'attention=splash needs rows of a multiple of 256 tokens, got 384'),
+  ('triton', 256, 2, (1, 1, 1, 2, 2), r'needs kv_heads that 4 devices \(tensor x context\) divide, got 2'),
+  ('hopper', 256, 2, None, 'attention=hopper does not support head_dim=128 and bfloat16 on cpu with jax'),
+])
+@on_cpu
+def test_a_kernel_that_does_not_support_the_rows_is_refused_by_name(kernel, length, kv_heads, shape, message):
+  mesh = shape and model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext(), pytest.raises(ValueError, match=message):
+    rows_attention(kernel, jnp.ones((B, length), jnp.int32), jnp.bfloat16, kv_heads, H)
+
+
+@pytest.mark.parametrize('kernel, card, width, dtype', [
+  ('hopper', 'NVIDIA A100-SXM4-80GB', 128, 'bfloat16'), ('hopper', 'NVIDIA H100 80GB HBM3', 128, 'float32'),
+  ('triton', 'NVIDIA A100-SXM4-80GB', 48, 'float32'), ('cudnn', 'NVIDIA A100-SXM4-80GB', 128, 'float32')])
+def test_a_kernel_that_does_not_support_the_card_or_the_heads_is_refused_by_name(kernel, card, width, dtype):
+  card = jax.sharding.AbstractDevice(device_kind=card, num_cores=132, platform='gpu')
+  mesh = jax.sharding.AbstractMesh(
+    (1,) * 5, model.sharding.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5, abstract_device=card)
+  with jax.sharding.use_abstract_mesh(mesh), pytest.raises(
+      ValueError, match=f'attention={kernel} does not support head_dim={width} and {dtype} on {card.device_kind} with'):
+    model.check_kernel(kernel, 256, 2, width, jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize('kernel', ['triton', 'splash', 'hopper', 'cudnn'])
+def test_a_prefill_of_any_length_runs_whatever_kernel_is_named(kernel):
+  c = model.ModelConfig(
+    vocab_size=64, layers=1, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=32, rope_base=1e4, norm_eps=1e-6,
+    tied_embeddings=True, compute_dtype='float32', remat_policy='none', scan_layers=True, attention=kernel)
+  params, length = parameters.random(c), 13
+  tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 64, (B, length)), jnp.int32)
+  args = params, tokens_BT, jnp.tile(jnp.arange(length)[None], (B, 1)), jnp.ones_like(tokens_BT)
+  want = model.forward(dataclasses.replace(c, attention='plain'), *args)[0]
+  got = model.forward(c, *args, model.empty_cache(c, B, length, 3))[0]
+  np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 @pytest.mark.parametrize('capability, width, want', [('8.0', 128, 'cudnn'), ('8.0', 256, 'plain'),

@@ -98,3 +98,16 @@ def test_the_kernel_that_writes_leaves_rows_without_a_token_alone(monkeypatch):
   page_B = table.pages_BJ[np.arange(ROWS), PROMPT_PAGES + (LENGTH - 1) // 16]
   want_P2KSH = pages_P2KSH.at[page_B[real_B], :, :, (LENGTH - 1)[real_B] % 16].set(1)
   np.testing.assert_array_equal(got_P2KSH, want_P2KSH)
+
+
+@pytest.mark.parametrize('rows, heads, kv_heads, columns, right', [
+  (64, 4, 1, 272, True),  # 4B on v5e-256: 8 chips share the weights; rows of 17,408 tokens in pages of 64
+  (128, 4, 1, 272, True),  # 4B on 128 chips
+  (16, 32, 4, 272, True),  # the mixtures of experts on 128 chips
+  (2048, 4, 1, 272, False),  # the table is larger than the memory for scalars
+  (1920, 16, 4, 34, True), (1920, 32, 8, 34, False),  # queries and outputs
+])
+def test_the_kernel_for_tpus_is_used_only_if_all_rows_fit_on_a_chip(rows, heads, kv_heads, columns, right):
+  shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  table = Table(jax.ShapeDtypeStruct((rows, columns), jnp.int32), None, None, None)
+  assert pages_tpu.fits(shape(rows, heads, 128), shape(1000, 2, kv_heads, 64, 128), table) == right

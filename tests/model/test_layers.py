@@ -20,8 +20,8 @@ from tests import parameters
   'shape', [None, (2, 2, 1, 2, 1), (1, 2, 2, 1, 2), (1, 1, 1, 3, 1)],
   ids=lambda shape: f'mesh{shape}' if shape else 'alone')
 def test_the_lookup_for_gpus_has_the_gradient_of_the_plain_one(monkeypatch, shape):
-  """Some tokens occur never, some once, some often. The meshes split rows, length and width. The last mesh doesn't
-  divide the length.
+  """Some tokens occur never, some once, some often. The second mesh splits rows, length and width. The other two split
+  the vocabulary and don't divide the length, so the plain lookup is used.
   """
   rng = np.random.default_rng(0)
   tokens_BT = jnp.asarray(rng.zipf(1.3, (4, 64)) % 50, jnp.int32)
@@ -34,8 +34,12 @@ def test_the_lookup_for_gpus_has_the_gradient_of_the_plain_one(monkeypatch, shap
 
   want = run()
   monkeypatch.setattr(layers, 'platform', lambda: 'gpu')
+  used = []
+  find = layers._lookup_sorted
+  monkeypatch.setattr(layers, '_lookup_sorted', lambda *args: used.append(1) or find(*args))
   with mesh_of(shape):
     got = run()
+  assert bool(used) == (shape in (None, (2, 2, 1, 2, 1)))
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -54,9 +58,12 @@ def test_swiglu_for_gpus_has_the_gradient_of_the_plain_one(monkeypatch, shape, d
 
   want = run(*(x.astype(jnp.float32) for x in (gate, up, dout)))
   monkeypatch.setattr(layers, 'platform', lambda: 'gpu')
-  monkeypatch.setattr(swiglu_triton, 'gradient', functools.partial(swiglu_triton.gradient, interpret=True))
+  used = []
+  gradient = functools.partial(swiglu_triton.gradient, interpret=True)
+  monkeypatch.setattr(swiglu_triton, 'gradient', lambda *args: used.append(1) or gradient(*args))
   with mesh_of(shape):
     got = run(gate, up, dout)
+  assert bool(used) == (shape != (1, 1, 1, 3, 1))
   for a, b in zip(got, want, strict=True):
     assert np.linalg.norm(a - b) < error * np.linalg.norm(b)
 

@@ -239,6 +239,11 @@ def test_parameter_counts_of_the_paper():
       assert model.flops_per_token(c, 0) == 6 * (sum(met.values()) - met['norms'])
 
 
+def test_a_dense_model_has_no_active_experts():
+  c = dataclasses.replace(CONFIG, moe=model.MoeConfig(experts=0, experts_per_token=12, expert_d_ff=320))
+  assert model.parameter_counts(c, active=True) == model.parameter_counts(c)
+
+
 def test_parameter_counts_are_the_sizes_of_the_parameters():
   for m in (MOE, SOFTMAX):
     c = dataclasses.replace(CONFIG, moe=m)
@@ -252,6 +257,8 @@ def test_parameter_counts_are_the_sizes_of_the_parameters():
   ({'experts': -1}, 'experts must be >= 0, got -1'),
   ({'router': 'tanh'}, "router must be one of sigmoid, softmax, got 'tanh'"),
   ({'balance_weight': 0.1}, "balance_weight must be 0 for router 'sigmoid'"),
+  ({'experts': 0, 'router': 'softmax', 'balance_weight': 0.1}, 'balance_weight must be 0 without experts, got 0.1'),
+  ({'experts': 0, 'shared_d_ff': 24}, 'shared_d_ff must be 0 without experts, got 24'),
 ])
 def test_sizes_that_do_not_fit_are_refused_by_name(changes, message):
   with pytest.raises(ValueError, match=message):

@@ -162,6 +162,13 @@ def test_the_reference_accepts_logits_masked_with_minus_infinity():
   np.testing.assert_allclose(grad[0], wanted_grad, rtol=1e-5, atol=1e-7)
 
 
+def test_the_reference_needs_no_top_k_under_jit_either():
+  z, s = jnp.zeros((1, 11)), RewardShaping(beta=-0.25)
+  loss = lambda z: shaped_loss(z, jnp.array([0]), s)
+  assert s.top_k > 11 and 'top_k' not in str(jax.make_jaxpr(loss)(z))
+  np.testing.assert_array_equal(jax.jit(loss)(z), loss(z))
+
+
 def test_bfloat16():
   """With bfloat16 inputs, logits are exact except for float32 accumulation, and gradients are rounded to 8 bits."""
   rng = np.random.default_rng(0)

@@ -40,6 +40,18 @@ def test_shapes_halve_and_have_room_for_the_longest_sample(longest, tokens, ways
     assert length < 1024 or shorter % 128 == 0  # the attention kernels need it
 
 
+@pytest.mark.parametrize('longest, tokens, context', [(57, 10, 2), (96, 0, 4), (33, 33, 3), (LONGEST, 0, 4)])
+def test_a_mesh_that_splits_rows_divides_their_length(longest, tokens, context):
+  of = shapes(longest, tokens, 2, context)
+  assert all(length % context == 0 for _, length in of)
+  alone = shapes(longest, tokens, 2)
+  assert [(rows, length + -length % context) for rows, length in alone] == of
+  lengths = np.random.default_rng(0).integers(1, longest + 1, 100).tolist()
+  found = arrange(lengths, of)
+  assert sorted(i for _, rows in found for row in rows for i in row) == list(range(100))
+  assert all(sum(lengths[i] for i in row) <= length for length, rows in found for row in rows)
+
+
 @pytest.mark.parametrize('ways', [1, 8, 256])
 def test_every_sample_is_in_one_row_and_at_most_a_tenth_is_padding(ways):
   for seed, sigma in ((0, 0.7), (1, 1.0)):

@@ -1,6 +1,7 @@
 """Tests the start of every run: its errors, in one line that names the key, and what it prints."""
 
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,37 @@ def test_rows_that_the_mesh_does_not_divide_are_named_by_the_key_that_the_user_s
   with pytest.raises(ConfigError) as error:
     setup.make_mesh(run.mesh, run.model, run.split_rows, jax.devices()[:4])
   assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize('changes, devices, message', [
+  ({'data.sequence_length': '50', 'train.mesh.context': '4'}, 4,
+   'config.data.sequence_length must be a multiple of config.train.mesh.context = 4, got 50'),
+  ({'data.sequence_length': '100', 'model.attention': 'triton'}, 1,
+   'config.model.attention=triton needs rows of a multiple of 128 tokens, got 100, for config.data.sequence_length'),
+])
+def test_a_length_that_does_not_fit_is_one_line(changes, devices, message):
+  run = run_config(load.load('tests/tiny.py:dir=/d', changes))
+  mesh = setup.make_mesh(run.mesh, run.model, run.split_rows, jax.devices()[:devices])
+  with pytest.raises(ConfigError) as error:
+    setup.check_length('data.sequence_length', run.sequence_length, run.model, mesh)
+  assert str(error.value).startswith(message)
+
+
+def test_a_gpu_that_is_too_old_is_one_line():
+  run = run_config(load.load('tests/tiny.py:dir=/d'))
+  card = types.SimpleNamespace(platform='gpu', device_kind='Tesla V100-SXM2-16GB', compute_capability='7.0')
+  with pytest.raises(ConfigError, match=r'V100-SXM2-16GB: .* compute capability 8.0 \(Ampere\) or later, got 7.0'):
+    setup.make_mesh(run.mesh, run.model, {}, [card])
+
+
+def test_on_an_accelerator_the_memory_is_what_jax_may_use():
+  card = types.SimpleNamespace(
+    platform='gpu', device_kind='NVIDIA H200', memory_stats=lambda: {'bytes_limit': 112_600_000_000})
+  alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  weights = jax.ShapeDtypeStruct((50_000_000_000,), jnp.float32, sharding=alone)
+  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=alone), {'a': weights}, ())
+  with pytest.raises(ConfigError, match=r'take 200.0 GB, and JAX may use 112.6 GB of each NVIDIA H200'):
+    setup._check_memory(state, types.SimpleNamespace(local_devices=[card]))
 
 
 def test_microbatches_are_part_of_what_must_divide():
