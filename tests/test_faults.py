@@ -26,5 +26,7 @@ def test_two_points_of_every_class(name, root):
   lines = []
   counts, notes = run(seed=1, points=2, names=[name], parallel=2, root=root, say=lines.append, processes=4)
   for counted, count in counts.items():
+    if notes[counted] and all(note.startswith('skipped: ') for note in notes[counted]):
+      pytest.skip(f'{counted}: {next(iter(notes[counted]))}')  # this account may not do it
     whole = '\n'.join([counted, *map(str, notes[counted]), *lines])  # pytest shortens all but strings
     assert count['survived'] == count['tried'] > 0, whole

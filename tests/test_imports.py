@@ -1,6 +1,7 @@
 """Tests that imports go in one direction only, and that importing a module has no effect."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -23,8 +24,9 @@ ALLOWED = {
 FILES = [p for package in ALLOWED for p in sorted((ROOT / package).rglob('*.py'))]
 
 
+@functools.cache
 def imported(path):
-  """Returns the packages of the project that a file imports, anywhere in the file."""
+  """Returns the names that a file imports, anywhere in the file."""
   names = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
@@ -32,14 +34,22 @@ def imported(path):
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f'{path}: relative import'
       names |= {f'{node.module}.{alias.name}' for alias in node.names}
-  return {name.split('.')[1] for name in names if name.startswith('betarank.')}
+  return names
 
 
 def test_imports_point_one_way():
   for path in FILES:
     name = path.relative_to(ROOT)
-    wrong = imported(path) & ALLOWED.keys() - ALLOWED[name.parts[0]] - {name.parts[0]}
+    found = {of.split('.')[1] for of in imported(path) if of.startswith('betarank.')}
+    wrong = found & ALLOWED.keys() - ALLOWED[name.parts[0]] - {name.parts[0]}
     assert not wrong, f'{name} imports {wrong}'
+
+
+def test_a_folder_is_imported_as_a_part_of_the_package():
+  """`import data` works in a checkout, and in the tests, but not where betarank is installed."""
+  for path in [*FILES, ROOT / '__init__.py', ROOT / '__main__.py']:
+    wrong = {of for of in imported(path) if of.split('.')[0] in {*ALLOWED, 'tests', 'benchmarks'}}
+    assert not wrong, f'{path.relative_to(ROOT)} imports {wrong}'
 
 
 UNUSED = '''

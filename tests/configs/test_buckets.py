@@ -2,17 +2,23 @@
 
 import errno
 import importlib
+import types
 
 import fsspec
 import fsspec.asyn
 import pytest
+import tensorstore
 from etils import epath
 from etils.epath import backend
 
 from betarank.__main__ import _run
 from betarank.configs import buckets
 from betarank.configs.errors import ConfigError, run_main
+from betarank.data import storage
+from betarank.runtime import lease
 from tests.bucket import Bucket
+
+REGISTRY = importlib.import_module('fsspec.registry')  # fsspec.registry is a dictionary in it
 
 
 @pytest.fixture
@@ -23,10 +29,11 @@ def bucket(tmp_path, monkeypatch):
   with Bucket(tmp_path) as found:
     (tmp_path / 'bucket').mkdir()
     for protocol in ('gs', 'gcs'):
-      fsspec.register_implementation(protocol, buckets.GoogleFiles, clobber=True)
+      monkeypatch.setitem(REGISTRY._registry, protocol, buckets.GoogleFiles)
     buckets.GoogleFiles.clear_instance_cache()  # of another server
     backend.fsspec_backend._get_filesystem.cache_clear()
     yield found
+  backend.fsspec_backend._get_filesystem.cache_clear()
 
 
 async def _nothing():
@@ -112,6 +119,27 @@ def test_any_error_of_the_store_becomes_one(error):
   assert not store.exists('bucket/x') and not store.isdir('bucket/x') and not store.isfile('bucket/x')
 
 
+def seconds(max_retries, initial_delay, max_delay):
+  """Returns how long TensorStore waits in all between a request and its last repetition."""
+  number = lambda text: float(text.removesuffix('ms')) / 1000 if text.endswith('ms') else float(text.removesuffix('s'))
+  return sum(min(number(initial_delay) * 2**n, number(max_delay)) for n in range(max_retries))
+
+
+def test_requests_are_repeated_for_as_long_as_the_guarantees_say(bucket, monkeypatch):
+  """docs/guarantees.md: half a minute; data for five minutes; parts of a checkpoint for a quarter of an hour."""
+  waits = []
+  retry = importlib.import_module('gcsfs.retry')
+  monkeypatch.setattr(retry, 'asyncio', types.SimpleNamespace(sleep=lambda s: waits.append(s) or _nothing()))
+  bucket.disturb(error_rate=1.0, error_statuses=[503])
+  files = fsspec.filesystem('gs')
+  with pytest.raises(OSError, match='the store failed'):
+    fsspec.asyn.sync(files.loop, files._call, 'GET', 'b/{}/o/{}', 'bucket', 'x')
+  assert 25 < sum(waits) < 40 and 25 < seconds(**lease._RETRIES) < 40
+  of = lambda context: context['gcs_request_retries'].to_json(include_defaults=True)
+  assert 270 < seconds(**of(storage._context())) < 345
+  assert 800 < seconds(**of(tensorstore.Context())) < 1000  # Orbax reads with TensorStore's own
+
+
 def test_a_command_ends_with_one_line(capsys):
   def fail():
     raise OSError(errno.EIO, 'the store failed (503)', 'gs://bucket/x')
@@ -122,8 +150,7 @@ def test_a_command_ends_with_one_line(capsys):
 
 
 def test_every_command_opens_buckets_so(monkeypatch):
-  registry = importlib.import_module('fsspec.registry')  # fsspec.registry is a dictionary in it
-  known, opened = registry.known_implementations, registry._registry
+  known, opened = REGISTRY.known_implementations, REGISTRY._registry
   for protocol in ('gs', 'gcs'):
     monkeypatch.setitem(known, protocol, known[protocol])
     monkeypatch.delitem(opened, protocol, raising=False)

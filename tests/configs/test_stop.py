@@ -173,8 +173,8 @@ __main__.main()
   assert finish([process], timeout=60) == [(status, '', '')]
 
 
-@pytest.mark.parametrize('name', COMMANDS)
-def test_ctrl_c_ends_every_command_with_one_line(name, monkeypatch, capsys):
+@pytest.mark.parametrize('name', ['train', 'config'])
+def test_ctrl_c_ends_a_command_with_one_line(name, monkeypatch, capsys):
   """Ctrl-C right after a command has begun. `python -m tests.faults --only=Ctrl-C` tests random moments."""
   module = importlib.import_module(f'betarank.{COMMANDS[name][0]}')
   monkeypatch.setattr(module, 'main', lambda argv: signal.raise_signal(signal.SIGINT))

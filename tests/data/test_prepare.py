@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from betarank.data import prepare, prepared, publish, record_formats, records, sources, worker
+from betarank.data import command, prepare, prepared, publish, record_formats, records, sources, worker
 from betarank.data.config import DataError, SourceConfig
 from betarank.data.prepare import prepare_source
 from betarank.data.tokenizer import read_tokenizer
@@ -112,7 +112,7 @@ def test_the_number_of_workers_does_not_matter(config, corpus, monkeypatch, max_
   manifest = prepare_source(one, 'a', workers=1)
   assert sum(s['documents'] for s in manifest['splits'].values()) == min(max_documents or 400, 400)
   assert len(manifest['splits']['train']['shards']) > 1
-  if max_documents == 130:
+  if max_documents in (0, 130):
     two = dataclasses.replace(one, dir=str(tmp_path / 'two'))
     assert prepare_source(two, 'a', workers=2) == manifest
     assert contents(two.dir) == contents(one.dir)
@@ -515,42 +515,42 @@ RUN = '''
 import dataclasses, pathlib, sys, time
 from betarank.data import config, prepare, sources
 sources.UNIT_BYTES = 4000
-c = eval(sys.argv[1], vars(config))
-if sys.argv[2] == 'slowly':
-  work = prepare.Worker.run
-  def slowly(*args):
-    time.sleep(0.2)
-    yield from work(*args)
-  prepare.Worker.run = slowly
-prepare.prepare_source(c, 'a', workers=int(sys.argv[3]))
+work = prepare.Worker.run
+def told(worker, unit, *rest):
+  print(unit, flush=True)
+  time.sleep(float(sys.argv[2]))
+  yield from work(worker, unit, *rest)
+prepare.Worker.run = told
+prepare.prepare_source(eval(sys.argv[1], vars(config)), 'a', workers=1)
 '''
 
 
-def run(config, *args):
-  return subprocess.Popen([sys.executable, '-c', RUN, repr(config), *args], cwd=ROOT)
+def run(config, unit_s=0.0):
+  """Starts to prepare the source. The process prints the number of each unit, and first waits for `unit_s` seconds."""
+  return subprocess.Popen([sys.executable, '-c', RUN, repr(config), str(unit_s)], cwd=ROOT, stdout=subprocess.PIPE,
+                          text=True)
 
 
 def test_killed_and_started_again(config, tmp_path):
   whole, killed = only(config), dataclasses.replace(only(config), dir=str(tmp_path / 'killed'))
-  assert run(whole, 'fast', '1').wait() == 0
-  process = run(killed, 'slowly', '1')
+  out, _ = (process := run(whole)).communicate()
+  assert process.returncode == 0
+  units = {int(line) for line in out.splitlines()}
+  process = run(killed, unit_s=0.2)
   partial = pathlib.Path(prepared.folder(killed, 'a')) / 'partial'
   deadline = time.monotonic() + 30
   while len(list(partial.glob('unit-*.json'))) < 2 and time.monotonic() < deadline:
     time.sleep(0.02)
   process.send_signal(signal.SIGKILL)
-  process.wait()
-  kept = {p.name: p.stat().st_mtime_ns for p in partial.glob('unit-*.json')}
+  process.communicate()
+  kept = {json.loads(path.read_text())['unit'] for path in partial.glob('unit-*.json')}
   assert kept and not (partial.parent / 'manifest.json').exists()
   with pytest.raises(DataError, match='is not prepared'):
     prepared.Documents(killed, 'a', 'train')
   with pytest.raises(DataError, match='max_documents is 0 there and 5 now'):
     prepare_source(only(killed, max_documents=5), 'a', workers=1)
-  seen = []
-  process = run(killed, 'slowly', '1')
-  while process.poll() is None and len(seen) < 1:
-    seen = [p for p in partial.glob('unit-*.json') if p.name in kept and p.stat().st_mtime_ns == kept[p.name]]
-  assert process.wait() == 0 and seen
+  out, _ = (process := run(killed)).communicate()
+  assert process.returncode == 0 and {int(line) for line in out.splitlines()} == units - kept
   assert contents(whole.dir) == contents(killed.dir)
 
 
@@ -642,6 +642,31 @@ def test_workers_follow_a_killed_parent(config, tmp_path):
     time.sleep(0.05)
   os.kill(worker, signal.SIGKILL)
   pytest.fail('the worker outlived its parent')
+
+
+def test_the_commands_of_parts(config, corpus, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sources, 'UNIT_BYTES', 4000)
+
+  def data(*arguments):
+    command.main([
+      *arguments, f'--config=tests/tiny.py:dir={tmp_path}/d', f'--config.data.tokenizer={config.tokenizer}',
+      f'--config.data.sources.main.uri=jsonl:{corpus}/a.jsonl', '--config.data.sources.main.max_documents=0'])
+    return capsys.readouterr().out
+
+  said = 'part {} of 2 is there; when all are, run: betarank data finish --config=...\n'
+  assert data('prepare', '--part=2/2', '--workers=1').endswith(said.format(2))
+  with pytest.raises(DataError, match='units are not prepared yet, the first is unit 0'):
+    data('finish')
+  assert data('prepare', '--part=1/2', '--workers=1').endswith(said.format(1))
+  assert f'finished: {tmp_path}/d is ready\n' in data('finish')
+  folder = tmp_path / 'd/main/1.0.0'
+  assert data('verify') == f'{folder}: 400 documents, all as they were written\n'
+  shard = next(folder.glob('main-validation.array_record-*'))
+  content = bytearray(shard.read_bytes())
+  content[content.index(b'tokens') + 20] ^= 1
+  shard.write_bytes(content)
+  with pytest.raises(DataError, match=f'{shard.name}: damaged'):
+    data('verify')
 
 
 def test_command_line(config, tmp_path):

@@ -12,10 +12,12 @@ import pathlib
 import sys
 import tempfile
 
+from tests import offline
+
 MARK = 'zqcanary'
 STARTS = ('os.system', 'os.exec', 'os.fork', 'os.forkpty', 'os.posix_spawn', 'os.spawn', 'os.startfile', 'pty.spawn',
           'subprocess.Popen')
-WATCHED = ('compile', 'exec', 'pickle.find_class', 'code.__new__', 'socket.connect', *STARTS)
+WATCHED = ('compile', 'exec', 'pickle.find_class', 'code.__new__', *offline.EVENTS, *STARTS)
 
 
 class Audit:

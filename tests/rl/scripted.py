@@ -14,13 +14,15 @@ class Scripted:
   A prompt has two tokens, and one more for each 'word ' in it.
 
   turn: a function (waiting prompts) -> the index of the prompt that is answered next.
-  first: after a call, the number of prompts that it began with.
+  tokens: the number of tokens of each answer.
+  first: after a call, the number of prompts that it began with; 0 before the first call.
   """
 
   bos = 0
 
-  def __init__(self, texts, turn=lambda waiting: 0):
+  def __init__(self, texts, turn=lambda waiting: 0, tokens=2):
     self.texts, self.turn, self.s = texts, turn, types.SimpleNamespace(max_prompt_tokens=8)
+    self.tokens, self.first = tokens, 0
 
   def encode(self, text):
     return np.array([1, 2] + [3] * text.count('word '))
@@ -33,8 +35,8 @@ class Scripted:
     self.first = len(waiting)
     while waiting:
       prompt = waiting.pop(self.turn(waiting))
-      yield [Sample(prompt.id, i, np.array([i, 9], np.int32), np.zeros(2, np.float32), 'eos')
-             for i in range(samples)]
+      yield [Sample(prompt.id, i, np.array([i] + [9] * (self.tokens - 1), np.int32),
+                    np.zeros(self.tokens, np.float32), 'eos') for i in range(samples)]
       new = more() if more else []
       if new is None:
         return

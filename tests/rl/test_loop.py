@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from betarank.configs.errors import UserError
+from betarank.rl import command
 from betarank.runtime.checkpoint import find, read_meta
 from betarank.tasks.task_set import TaskConfig, TaskSet
 from tests import runs
@@ -72,12 +74,15 @@ def test_the_kl_is_to_the_start(undisturbed):
 def test_killed_or_stopped_and_started_again_equals_uninterrupted(config, tmp_path):
   """There are only 14 problems, which therefore come again, so that the difficulty filter has problems to skip.
 
+  Answers may be longer from step 3 on.
+
   The uninterrupted run has no extra prompts, which must make no difference.
   """
   problems = TaskSet(TaskConfig('reasoning:chain_sum?max_terms=2&max_digits=1'), split='all')
   (tmp_path / 'few.jsonl').write_text(''.join(
     json.dumps({'question': problems[i].question, 'answer': problems[i].reference}) + '\n' for i in range(14)))
-  few = f'--config.rl.task.uri=jsonl:{tmp_path}/few.jsonl', '--config.rl.repeat_zero_variance=0.5', REFERENCE
+  few = (f'--config.rl.task.uri=jsonl:{tmp_path}/few.jsonl', '--config.rl.repeat_zero_variance=0.5', REFERENCE,
+         '--config.rl.max_new_tokens=[8,32]', '--config.rl.phase_steps=[2]')
   extra = '--config.rl.extra_prompts=3'
   running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few, extra, devices=2)
   wait_for_step(tmp_path, 1, running)
@@ -93,6 +98,8 @@ def test_killed_or_stopped_and_started_again_equals_uninterrupted(config, tmp_pa
   assert_same_run(tmp_path, undisturbed, steps)
   ends = [read_meta(find(str(workdir)))['cursor'] for workdir in (tmp_path, undisturbed)]
   assert ends[0] == ends[1] and any(line.get('train/prompts_passed_over') for line in metrics(tmp_path))
+  lengths = {line['step']: line['train/length_tokens'] for line in metrics(tmp_path) if 'train/length_tokens' in line}
+  assert max(lengths[1], lengths[2]) <= 8 < max(lengths.values())
 
 
 # A reference, covariance terms and two updates a step, on two devices; samples enough for some to be right each step.
@@ -105,14 +112,6 @@ def two_devices(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('two_devices')
   finish_well(start(config, workdir, *EVERYTHING, devices=2))
   return workdir
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_two_devices(two_devices, config, tmp_path):
-  """The two processes draw the same samples as one process, judge half of them each, and learn the same."""
-  finish_well(start(config, tmp_path, *EVERYTHING, processes=2))
-  for mine, theirs in zip(metrics(tmp_path), metrics(two_devices), strict=True):
-    assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -143,9 +142,14 @@ def test_a_reference_survives_a_kill(two_devices, config, tmp_path):
     ('--config.rl.loss.cov=kl_cov', "config.rl.minibatches must be > 1 with loss.cov = 'kl_cov'"),
     ('--config.train.init_from=nowhere', 'nowhere: no such folder'),
     ('--config.model.rope_base=1e6', 'config.model.rope_base is 10000.0 in the checkpoint'),
-    ('--config.rl.max_prompt_tokens=5', '4 of 4 prompts of held_out have more than 5 tokens'),
   ],
 )
-def test_what_cannot_be_ends_in_one_line(config, tmp_path, override, message):
-  [process] = start(config, tmp_path, override)
-  assert message in refused(process)
+def test_what_cannot_be_is_refused(config, tmp_path, override, message):
+  with pytest.raises(UserError) as error:
+    command.main([f'--config={config}', f'--workdir={tmp_path}', override])
+  assert message in str(error.value)
+
+
+def test_what_cannot_be_ends_in_one_line(config, tmp_path):
+  [process] = start(config, tmp_path, '--config.rl.max_prompt_tokens=5')
+  assert '4 of 4 prompts of held_out have more than 5 tokens' in refused(process)

@@ -104,15 +104,18 @@ def step(**changes):
     'groups_learned_from': 4.0, 'truncated_share': 0.1, 'pass_rate': 0.3, 'entropy_drawn_nats': 0.5, **changes}.items()}
 
 
-@pytest.mark.parametrize('kind, history', [
-  ('no signal', [step(groups_learned_from=0.0)] * 10),
-  ('truncated', [step(truncated_share=1.0)] * 10),
-  ('flat', [step()] * 100),
-  ('collapse', [step(entropy_drawn_nats=0.8)] * 10 + [step(entropy_drawn_nats=0.01)] * 10)])
-def test_a_person_is_warned_of_what_is_odd_and_not_before(kind, history):
-  assert kind in warnings(history)
-  assert kind not in warnings([*history[:-1], step(groups_learned_from=1.0, truncated_share=0.5, pass_rate=0.9)]) or (
-    kind in ('flat', 'collapse'))
+def entropies(share):
+  return [step(entropy_drawn_nats=0.8)] * 10 + [step(entropy_drawn_nats=share * 0.8)] * 10
+
+
+@pytest.mark.parametrize('kind, odd, well', [
+  ('no signal', [step(groups_learned_from=0.0)] * 10, [step()] + [step(groups_learned_from=0.0)] * 9),
+  ('truncated', [step(truncated_share=0.96)] * 10, [step(truncated_share=0.95)] + [step(truncated_share=1.0)] * 9),
+  ('flat', [step()] * 50 + [step(pass_rate=0.304)] * 50, [step()] * 50 + [step(pass_rate=0.306)] * 50),
+  ('collapse', entropies(0.09), entropies(0.11))])
+def test_a_person_is_warned_of_what_is_odd_and_not_before(kind, odd, well):
+  assert kind in warnings(odd)
+  assert kind not in warnings(odd[:-1]) and kind not in warnings(well)
   assert not warnings([step(pass_rate=0.3 + i / 200) for i in range(100)])
 
 

@@ -13,7 +13,7 @@ from betarank import model
 from betarank.configs import load
 from betarank.configs.errors import ConfigError
 from betarank.data import DataError
-from betarank.rl import loop, rollout
+from betarank.rl import loop, packing, rollout
 from betarank.rl.config import rl_run
 from betarank.rl.progress import Progress
 from betarank.rl.rollout import check_prompts, graded_groups
@@ -109,6 +109,33 @@ def test_a_step_without_a_group_to_learn_from_changes_nothing_and_measures_nothi
   assert any('no update' in part for part in loop.describe_figures({**figures, 'time/tokens_per_s': 1.0}))
 
 
+def one_device():
+  return NamedSharding(model.make_mesh(model.MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1]),
+                       model.spec('batch', 'length'))
+
+
+@pytest.mark.parametrize('number, phase', [(1, 0), (2, 1), (3, 1)])
+def test_a_step_has_the_sampler_of_its_phase_and_room_for_its_longest_answers(parts, number, phase):
+  lengths = 2, 60
+  p = parts([RIGHT, WRONG], **{
+    'rl.max_new_tokens': str(list(lengths)), 'rl.phase_steps': '[1]', 'rl.long_prompts': 'skip'})
+  p.samplers, p.rows_by_token = [Scripted([], tokens=n) for n in lengths], one_device()
+  kept, *_ = loop.sample_and_judge(p, None, Progress(), number)
+  assert {len(s.tokens) for group in kept for s in group.samples} == {lengths[phase]}
+  [[part]] = loop.minibatches(p, kept, number)
+  assert part.batch.tokens_BT.shape[1] == packing.shapes(8 + lengths[phase], 0, 1)[0][1]
+
+
+@pytest.mark.parametrize('number, phase', [(0, 0), (1, 0), (2, 1)])
+def test_an_evaluation_has_the_sampler_of_its_phase(parts, number, phase):
+  p = parts([RIGHT, WRONG], **{
+    'rl.max_new_tokens': '[2, 60]', 'rl.phase_steps': '[1]', 'rl.eval_samples': '2'})
+  p.samplers, p.evaluated = [Scripted([]), Scripted([])], {'mine': [p.tasks[0]]}
+  log = types.SimpleNamespace(evaluation=lambda *_: None, sample=lambda *_: None)
+  loop.evaluate(p, None, Progress(), number, log)
+  assert [sampler.first for sampler in p.samplers] == [int(phase == 0), int(phase == 1)]
+
+
 def undecided(group):
   return group._replace(verdicts=[Verdict.UNDECIDED] * len(group.samples), scores=[math.nan] * len(group.samples))
 
@@ -121,8 +148,7 @@ def test_an_update_without_samples_is_left_out(parts):
   """
   p = parts([RIGHT, WRONG], **{
     'rl.long_prompts': 'skip', 'rl.minibatches': '2', 'rl.zero_variance_groups': 'keep'})
-  p.rows_by_token = NamedSharding(model.make_mesh(model.MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1]),
-                                  model.spec('batch', 'length'))
+  p.rows_by_token = one_device()
   kept, seen, progress = step(p)
   whole = loop.minibatches(p, kept, 1)
   lost = [undecided(group) for group in kept]

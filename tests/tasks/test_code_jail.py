@@ -39,11 +39,11 @@ def run(jail, program, **limits):
 
 
 def running(mark):
-  """Returns the ids of the processes on this machine whose name contains `mark`."""
+  """Returns the ids of the processes on this machine whose name is `mark`."""
   found = []
   for folder in pathlib.Path('/proc').glob('[0-9]*'):
     try:
-      if mark in (folder / 'comm').read_text():
+      if mark == (folder / 'comm').read_text().rstrip('\n'):
         found.append(int(folder.name))
     except OSError:
       continue
@@ -89,7 +89,8 @@ def test_no_way_to_the_verdict(jail):
 
 
 def test_fork_bomb(jail):
-  program = NAME.format('forkbomb') + """
+  name = f'forkbomb{os.getpid()}'
+  program = NAME.format(name) + """
 import os
 failed = 0
 while True:
@@ -101,7 +102,7 @@ while True:
   began = time.monotonic()
   assert not run(jail, program, deadline_s=3, cpu_s=100).passed
   assert time.monotonic() - began < 60
-  assert wait_for(lambda: not running('forkbomb'))
+  assert wait_for(lambda: not running(name))
   several = """
   import os, time
   count = 0
@@ -199,11 +200,12 @@ def test_network(jail):
     server.setblocking(False)
     with pytest.raises(BlockingIOError):
       server.accept()
-  abstract = socket.socket(socket.AF_UNIX)
-  abstract.bind('\0jail-test')
-  abstract.listen()
-  assert 'ConnectionRefused' in run(jail, "import socket\nsocket.socket(socket.AF_UNIX).connect('\\0jail-test')")[1]
-  abstract.close()
+  name = f'jail-test-{os.getpid()}'
+  with socket.socket(socket.AF_UNIX) as abstract:
+    abstract.bind(f'\0{name}')
+    abstract.listen()
+    program = f"import socket\nsocket.socket(socket.AF_UNIX).connect('\\0{name}')"
+    assert 'ConnectionRefused' in run(jail, program)[1]
 
 
 def test_environment_and_descriptors(jail, monkeypatch):
@@ -266,10 +268,11 @@ def test_no_rights_to_gain(jail):
 def test_endless(jail):
   began = time.monotonic()
   assert not run(jail, 'while True: pass', cpu_s=1).passed
-  asleep = NAME.format('sleeper') + 'import os, time\nif not os.fork(): os.setsid()\ntime.sleep(99)'
+  name = f'sleeper{os.getpid()}'
+  asleep = NAME.format(name) + 'import os, time\nif not os.fork(): os.setsid()\ntime.sleep(99)'
   assert run(jail, asleep, deadline_s=2) == (False, 'deadline')
   assert time.monotonic() - began < 60
-  assert wait_for(lambda: not running('sleeper'))
+  assert wait_for(lambda: not running(name))
 
 
 def test_output_flood(jail):
@@ -279,16 +282,17 @@ def test_output_flood(jail):
 
 
 def test_ended_with_its_parent(jail, tmp_path):
-  """If an evaluation is killed, none of its processes continues."""
-  program = NAME.format('orphan') + 'import time; time.sleep(60)'
+  """If an evaluation is killed, none of its processes continues after the deadline."""
+  name = f'orphan{os.getpid()}'
+  program = NAME.format(name) + 'import time; time.sleep(300)'
   code = ('from betarank.tasks.code_jail import Jail, JailConfig\n'
-          f'print(Jail(JailConfig(deadline_s=3)).run({program!r}))')
+          f'print(Jail(JailConfig(deadline_s=6)).run({program!r}))')
   parent = subprocess.Popen([sys.executable, '-c', code], cwd=pathlib.Path(__file__).parents[2],
                             env={**os.environ, 'TMPDIR': str(tmp_path)})
-  assert wait_for(lambda: running('orphan'), 60) or parent.poll() is None
+  started = wait_for(lambda: running(name))
   parent.send_signal(signal.SIGKILL)
   parent.wait()
-  assert wait_for(lambda: not running('orphan'), 30)
+  assert started and wait_for(lambda: not running(name))
 
 
 def test_refused_without_isolation_unless_accepted(monkeypatch, tmp_path, capfd):

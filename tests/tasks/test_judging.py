@@ -8,6 +8,8 @@ from fractions import Fraction
 
 import pytest
 
+from betarank.configs.errors import run_main
+from betarank.tasks import command
 from betarank.tasks.judging import expressions, latex, notation, values
 from betarank.tasks.judging.comparison import Verdict, judge
 from betarank.tasks.judging.latex import Unreadable, Unsupported, tokenize
@@ -131,6 +133,43 @@ def test_math_verify_is_asked_about_what_only_it_may_know():
   assert asked == [('2', r'\int _ 0 ^ 2 d x')]
   assert judge('2', r'\int_0^2 dx').verdict == Verdict.UNDECIDED  # without it
   assert judge(r'\int_0^2 dx', '2', lambda *_: None).verdict == Verdict.UNDECIDED  # or if it can't read the gold
+
+
+@pytest.fixture
+def judge_file(tmp_path, capsys):
+  """Returns a function (lines, *flags) -> the output of `betarank judge` for a file of these lines."""
+  path = tmp_path / 'pairs.tsv'
+
+  def run(*lines):
+    path.write_text(''.join('\t'.join(line.split()) + '\n' for line in lines))
+    run_main(lambda: command.main([str(path)]))
+    return capsys.readouterr().out
+
+  return run
+
+
+def test_the_command_shows_pairs_that_are_judged_otherwise_than_is_known(judge_file, capsys):
+  out = judge_file('gold answer right', '3/4 0.75 1', '7 8 0', '5 6 1', '2 2.0 0')
+  shown, table = out.rsplit('\n\n', 1)
+  assert [[line[:11].strip(), line[11:]] for line in shown.splitlines() if line[:6] in ('gold  ', 'answer', 'verdic')
+          and not line.startswith('answer is')] == [
+    ['gold', '5'], ['answer', '6'], ['verdict', 'wrong, expected right'],
+    ['gold', '2'], ['answer', '2.0'], ['verdict', 'right, expected wrong']]
+  assert [' '.join(line.split()) for line in table.splitlines()] == [
+    'judged right judged wrong judged undecided', 'right in truth 1 1 0', 'wrong in truth 1 1 0']
+  with pytest.raises(SystemExit) as end:
+    judge_file('gold answer right', '3/4 0.75 1', '7 8 perhaps')
+  assert end.value.code == 2
+  assert capsys.readouterr().err.endswith("pairs.tsv:3: column 'right' must be 1 or 0, got 'perhaps'\n")
+
+
+def test_the_command_shows_every_pair_if_nothing_is_known(judge_file, capsys):
+  shown, table = judge_file('gold answer', '3/4 0.75', '7 8').rsplit('\n\n', 1)
+  assert [line.split()[1] for line in shown.splitlines() if line.startswith('verdict ')] == ['right', 'wrong']
+  assert table.splitlines()[1].split() == ['pairs', '1', '1', '0']
+  run_main(lambda: command.main(['--gold=7', '--answer=So it is \\boxed{7.0}.', '--format=boxed']))
+  lines = capsys.readouterr().out.splitlines()
+  assert 'extracted  7.0' in lines and 'verdict    right' in lines
 
 
 # Tokens

@@ -146,15 +146,6 @@ def test_a_workdir_of_another_config_is_refused(undisturbed, data_dir):
   assert metrics(undisturbed)[-1]['step'] == STEPS
 
 
-def test_an_override_that_contradicts_the_checkpoint_is_refused(undisturbed, data_dir, tmp_path):
-  message = refused(data_dir, tmp_path, f'--config.train.init_from={undisturbed}', '--config.model.d_ff=48')
-  assert "config.model.d_ff is 64 in the checkpoint to start from, and can't be 48" in message
-
-
-def test_init_from_nowhere_is_refused(data_dir, tmp_path):
-  assert 'nowhere: no such folder' in refused(data_dir, tmp_path, '--config.train.init_from=nowhere')
-
-
 def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(data_dir, tmp_path):
   message = refused(data_dir, tmp_path, '--config.model.vocab_size=512')
   assert 'vocab_size' in message and '384' in message and '512' in message

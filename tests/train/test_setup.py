@@ -139,10 +139,10 @@ def slow_save(monkeypatch):
 
 @pytest.mark.parametrize('ends', [ValueError('step 2 failed'), SystemExit(1), KeyboardInterrupt()])
 def test_whatever_ends_a_run_its_save_in_flight_is_finished_and_said(slow_save, tmp_path, capsys, ends):
-  threading.Timer(0.3, slow_save.set).start()
   with pytest.raises(type(ends)), setup.open_checkpoints(epath.Path(tmp_path), KEEP, False) as checkpoints:
     checkpoints.save(STATE, {'config': {}}, 1)
     assert checkpoints.describe() == 'no checkpoint yet, and that of step 1 is being written'
+    threading.Timer(0.3, slow_save.set).start()
     raise ends
   assert checkpoint.steps(tmp_path / 'checkpoints') == [1]
   assert capsys.readouterr().err.splitlines() == [

@@ -282,6 +282,28 @@ def test_only_matrices_decay(name):
     np.testing.assert_allclose(update, -0.5 if decays else 0.0)
 
 
+def test_adamw_is_that_of_its_paper_after_clipping():
+  """The first gradient is longer than clip_norm, the second one isn't. Source: arXiv 1711.05101, algorithm 2."""
+  rng, c = np.random.default_rng(0), ADAMW
+  want = {'matrix': rng.normal(size=(4, 3)), 'norm': rng.normal(size=4)}
+  first, second = ({name: np.zeros_like(x) for name, x in want.items()} for _ in range(2))  # moments
+  tx = make_optimizer(c, 100, {'matrix': ('embed', 'mlp'), 'norm': ('norm',)})
+  params = jax.tree.map(np.float32, want)
+  state, update = tx.init(params), jax.jit(tx.update)
+  for t, (norm, rate) in enumerate([(5 * c.clip_norm, c.lr / 2), (0.3 * c.clip_norm, c.lr)], 1):  # one step of warm-up
+    grads = {name: rng.normal(size=x.shape) for name, x in want.items()}
+    grads = jax.tree.map(lambda g: g * norm / np.sqrt(sum((x**2).sum() for x in grads.values())), grads)  # noqa: B023
+    updates, state = update(jax.tree.map(np.float32, grads), state, params)
+    params = jax.tree.map(np.add, params, updates)
+    for name, decay in (('matrix', c.weight_decay), ('norm', 0.0)):
+      g = grads[name] * min(1, c.clip_norm / norm)
+      first[name] = c.b1 * first[name] + (1 - c.b1) * g
+      second[name] = c.b2 * second[name] + (1 - c.b2) * g**2
+      change = first[name] / (1 - c.b1**t) / (np.sqrt(second[name] / (1 - c.b2**t)) + c.eps)
+      want[name] = want[name] - rate * (change + decay * want[name])
+      np.testing.assert_allclose(params[name], want[name], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize('name, value, message', [
   ('lr', 0.0, 'lr must be > 0'), ('b2', 1.0, r'b2 must be in \[0, 1\)'), ('decay_fraction', 1.5, 'decay_fraction must'),
   ('warmup_steps', -1, 'warmup_steps must be >= 0'), ('name', 'sgd', "name must be one of adamw, muon, got 'sgd'"),
