@@ -28,6 +28,7 @@ from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState
 from betarank.train import score, setup
 from betarank.train.config import RunConfig, first_and_last, run_config
+from betarank.train.inherit import describe_rope
 from betarank.train.optimizer import decay_start, make_optimizer, schedule
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 from betarank.train.step import make_evaluate, make_step
@@ -81,6 +82,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     log = stack.enter_context(contextlib.closing(setup.open_log(root, config, start=start, steps=run.steps)))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
+      'rope': describe_rope(run.model, parent),
       'objective': describe_objective(run.objective),
       'data': f'{", ".join(f"{name} ({source.uri})" for name, source in run.data.sources.items())} in {run.data.dir}',
       'mesh': setup.describe_mesh(mesh),
