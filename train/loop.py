@@ -21,6 +21,7 @@ from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.steps import planned_steps
 from betarank.configs.stop import StopSignal
 from betarank.data import prepared
+from betarank.data.tokenizer import find as tokenizer_file
 from betarank.objectives import ObjectiveConfig
 from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
@@ -46,7 +47,7 @@ def inputs(config: ConfigDict) -> dict[str, str]:
   """Returns {description: path} of the files whose content must be the same for all processes of a run."""
   c = run_config(config).data
   manifests = {f'data manifest of {name}': str(prepared.folder(c, name) / 'manifest.json') for name in c.sources}
-  return {'tokenizer': c.tokenizer_path, **manifests}
+  return {'tokenizer': str(tokenizer_file(c.tokenizer_path)), **manifests}
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
