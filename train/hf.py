@@ -109,7 +109,8 @@ def _copy(source, leaf: hf_weights.Leaf, views: dict[str, np.ndarray]) -> None:
   leaf: the array.
   views: the exported tensors by name, from `hf_weights.create`.
   """
-  where = str(source.resolve()) if '://' in str(source) else f'file://{source.resolve()}'
+  place = str(checkpoint.absolute(source))
+  where = place if '://' in place else f'file://{place}'
   try:
     store = tensorstore.open(f'{where}/state/|ocdbt:params.{leaf.path}/', read=True).result()
     if store.shape != leaf.shape:
