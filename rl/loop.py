@@ -376,14 +376,13 @@ def check_steps(rl: RlConfig, root: epath.Path) -> None:
 
 
 def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
-  """Raises ConfigError if held-out problems of this run may be in the documents that the parent was trained on.
+  """Raises ConfigError if held-out problems of this run may be in documents that the parent was trained on, in any
+  stage.
 
   parent: the metadata of the checkpoint that the run starts from.
   """
-  documents = setup.whole_config(parent).get('data', {})
-  made = any(source['uri'].startswith('reasoning') for source in documents.get('sources', {}).values())
-  left_out = documents.get('held_out_fraction', 0.0)
-  if made and rl.task.uri.startswith('reasoning') and rl.task.held_out_fraction > left_out:
+  left_out = setup.left_out(parent)
+  if rl.task.uri.startswith('reasoning') and rl.task.held_out_fraction > left_out:
     raise ConfigError(f'config.rl.task.held_out_fraction must be at most {left_out}, what the documents of the '
                       f'pre-training left out (data.held_out_fraction), got {rl.task.held_out_fraction}')
 

@@ -63,7 +63,7 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
   meta = checkpoint.read_meta(source)
   config = setup.whole_config(meta)
   c = section(ModelConfig, config['model'], 'model')
-  positions = positions or max(setup.trained_length(meta), meta.get('positions', 0))
+  positions = positions or setup.longest_text(meta)
   theirs = hf_config.to_hf(c, positions=positions, dtype=dtype)
   leaves = hf_weights.leaves(c)
   tokenizer_path = tokenizer_path or setup.trained_tokenizer(meta)

@@ -650,6 +650,7 @@ def test_an_imported_model_goes_through_every_command(published, tmp_path):
   assert manifest['settings']['tokenizer_sha256'] == spm.sha256_of(str(tmp_path / 'out'))
   bits = json.loads(next((tmp_path / 'tuned' / 'eval' / 'probe').glob('*.json')).read_text())
   assert 0 < bits['domains']['main']['bits_per_byte'] < 20
+  assert json.loads((tmp_path / 'out' / 'config.json').read_text())['max_position_embeddings'] == 40_960
   check_transformers_reads(tmp_path / 'out', folder)
 
 

@@ -121,6 +121,19 @@ def test_rl_starts_from_a_run_in_the_home_folder(resolved, tmp_path):
   assert rl_command._configure(args, {'train.init_from': '~/parent'}).train.init_from == f'{tmp_path}/parent'
 
 
+@pytest.mark.parametrize('task, imported, held_out', [
+  ('reasoning:gcd', False, 0.01), (None, False, 0.01), ('jsonl:x.jsonl', False, 0.1), ('reasoning:gcd', True, 0.1)])
+def test_without_a_config_rl_holds_out_what_was_left_out(trained, tmp_path, monkeypatch, task, imported, held_out):
+  trained['config']['data'] = {'sources': {'main': {'uri': 'reasoning'}}, 'held_out_fraction': 0.01}
+  meta = {**trained, 'positions': 64} if imported else trained
+  monkeypatch.setattr(setup, 'parent_meta', lambda root, source: meta)
+  flags = Parser('betarank rl')
+  add_run_flags(flags)
+  args = flags.parse_args([f'--workdir={tmp_path}/rl'])
+  args.source, args.task, args.config = 'parent', task, ''
+  assert rl_command._configure(args, {}).rl.task.held_out_fraction == held_out
+
+
 def test_a_path_that_an_override_corrects_is_read_with_the_override(tmp_path):
   """The config's own value used to be checked too early, when it was decided what the run inherits."""
   config = load.load('tests/tiny.py:dir=/d')
