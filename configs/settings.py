@@ -347,6 +347,11 @@ def default(key: str) -> Any:
   return _FLAT[key].default
 
 
+def is_setting(key: str) -> bool:
+  """Returns True if `key` is the dotted key of a setting, and not of an entry in one, such as data.sources.main.uri."""
+  return key in _FLAT
+
+
 def when_missing(key: str) -> Any:
   """Returns the value to assume for a setting that is missing in the recorded config of a run.
 
