@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from ml_collections import ConfigDict
 
-from betarank.configs import common, load
+from betarank.configs import command, common, load
 from betarank.configs.errors import ConfigError
 from betarank.configs.parser import Parser
 from betarank.configs.sections import section
@@ -141,6 +141,15 @@ def test_resolved_config_loads_back_equal(tmp_path):
   with pytest.raises(ConfigError, match='not a resolved config'):
     load.load(str(path))
   json.loads(load.to_json(config))
+
+
+def test_in_a_resolved_config_no_default_is_shown_as_changed(tmp_path, capsys):
+  """JSON has lists in place of tuples. An empty section counted as changed too, because the config is locked."""
+  path = tmp_path / 'config.json'
+  path.write_text(load.to_json(common.rl_base()))
+  command.main([str(path)])
+  out = capsys.readouterr().out
+  assert 'rl.max_new_tokens = [8192, 16384]' in out and '# default' not in out
 
 
 def test_parse_reads_by_the_type_of_the_default():
