@@ -162,7 +162,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       NamedSharding(mesh, model.spec('batch', 'length')),
       _reference(run, tx, mesh, beginning.parent) if rl.loss.kl_weight else None)
     lineage = setup.lineage(config, beginning, tokenizer, tokenizer_path)
-    profile = Profile(root, first_and_last(run.log.profile_steps))
+    profile = stack.enter_context(contextlib.closing(Profile(root, first_and_last(run.log.profile_steps))))
     last: dict[str, float] = {}
     history: list[dict[str, float]] = []
     warned: set[str] = set()

@@ -96,7 +96,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     texts = Texts(run, tokenizer, mesh)
     recorder = Recorder(run, log, checkpoints)
     lineage = setup.lineage(config, beginning, tokenizer, run.data.tokenizer_path)
-    profile = Profile(root, first_and_last(run.log.profile_steps))
+    profile = stack.enter_context(contextlib.closing(Profile(root, first_and_last(run.log.profile_steps))))
 
     setup.stopped_before(log, start, stop)
     for step in range(start + 1, run.steps + 1):
