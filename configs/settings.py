@@ -181,7 +181,8 @@ LOG = dict(
   every_steps=S(10, REPORTING, 'steps between lines of the log'),
   eval_every_steps=S(500, REPORTING, 'steps between evaluations; the last step is always evaluated'),
   eval_batches=S(20, REPORTING, 'validation batches per source, the same ones each time'),
-  samples=S(3, REPORTING, 'texts that the model writes at each evaluation'),
+  samples=S(3, REPORTING, 'texts that the model writes at each evaluation; in pre-training, at most as many as '
+            'process 0 has rows of a batch'),
   sample_tokens=S(64, REPORTING, 'longest such text, in tokens'),
   tensorboard=S(True, REPORTING, 'write TensorBoard event files to WORKDIR/tensorboard'),
   wandb=S('', REPORTING, "project of Weights & Biases to send the figures to (pip install 'betarank[wandb]'); empty: "
