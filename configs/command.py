@@ -5,6 +5,7 @@ The command only reads the config. No device and no data is needed.
 """
 
 import ast
+import json
 import pathlib
 from collections.abc import Sequence
 
@@ -32,13 +33,14 @@ def main(argv: Sequence[str]) -> None:
   if args.list:
     print(_listing())
     return
-  defaults = load.flatten(common.rl_base() if 'rl' in config else common.base())
-  lines = {key: f'{key} = {describe.value(value)}' for key, value in load.flatten(config).items()}
+  flat = lambda config: load.flatten(json.loads(load.to_json(config)))  # a tuple is a list, as in a config.json
+  defaults, values = flat(common.rl_base() if 'rl' in config else common.base()), flat(config)
+  lines = {key: f'{key} = {describe.value(value)}' for key, value in values.items()}
   width = min(60, max(map(len, lines.values())))
   for key, line in lines.items():
     if key not in defaults:
       line = f'{line:{width}}  # no default'
-    elif defaults[key] != load.flatten(config)[key]:
+    elif defaults[key] != values[key]:
       line = f'{line:{width}}  # default {describe.value(defaults[key])}'
     print(line)
 

@@ -281,18 +281,28 @@ def override(config: ConfigDict, key: str, text: str) -> None:
       raise ConfigError(f'config.{key}: is called config.{renamed.RENAMED[key]} now')
     keys = [f'config.{k}' for k in flatten(config)]
     raise ConfigError(f'config.{key}: no such key{suggestion(f"config.{key}", keys)}')
-  section[leaf] = _read(f'config.{key}', text, section[leaf])
+  with section.ignore_type():
+    section[leaf] = _read(f'config.{key}', text, section[leaf], settings.is_setting(key))
 
 
-def _read(key: str, text: str, old: Any) -> Any:
+def _read(key: str, text: str, old: Any, typed: bool) -> Any:
+  """Returns the value that `text` gives a setting. See `override`.
+
+  Args:
+    key: the dotted key, for the error message.
+    text: the text.
+    old: the present value.
+    typed: whether the setting has the type of `old`. In an entry of data.sources, for example, `weight=2` is a whole
+      number only because the config wrote it so; it may become 0.5.
+  """
   try:
     if isinstance(old, bool):
       return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
     if isinstance(old, int):
       number = float(text) if any(c in text for c in '.eE') else int(text)
-      if number != int(number):
+      if number != int(number) and typed:
         raise ValueError
-      return int(number)
+      return int(number) if number == int(number) else number
     if isinstance(old, float):
       return float(text)
     if isinstance(old, str):

@@ -62,7 +62,9 @@ MODEL = dict(
   heads=S(4, IDENTITY, 'query heads'),
   kv_heads=S(2, IDENTITY, 'key and value heads, each shared by heads / kv_heads query heads'),
   head_dim=S(64, IDENTITY, 'width of a head'),
-  rope_base=S(1e4, IDENTITY, 'base of the rotary embedding; usually 1e6 for a context of 16k tokens or more'),
+  rope_base=S(1e4, IDENTITY, 'base of the rotary embedding; usually 1e6 for a context of 16k tokens or more. If '
+              "`betarank train` starts from a checkpoint, an override, or a config's value other than the default, "
+              "replaces the checkpoint's rope_base and rope_factor"),
   rope_factor=S(1.0, IDENTITY, "factor of Llama 3.1's rope scaling, for longer texts; 1: none"),
   qk_norm=S(True, IDENTITY, 'normalize queries and keys, as Qwen3 does; Qwen2 and Llama 3 do not'),
   qkv_bias=S(False, IDENTITY, 'add biases to queries, keys and values, as Qwen2 does'),
@@ -159,7 +161,7 @@ OPTIMIZER = dict(
   warmup_steps=S(100, IDENTITY, 'optimizer steps of linear warm-up'),
   decay_fraction=S(0.0, IDENTITY, 'share of the steps, at the end, in which lr falls to final_lr; 0: no decay'),
   decay_shape=S('linear', IDENTITY, 'linear | cosine | 1-sqrt: how lr falls to final_lr'),
-  final_lr=S(3e-5, IDENTITY, 'learning rate at the end of the decay'),
+  final_lr=S(3e-5, IDENTITY, 'learning rate at the end of the decay; at most lr'),
   b1=S(0.9, IDENTITY, "decay of the first moment; of Muon's momentum too, for which 0.95 is usual"),
   b2=S(0.95, IDENTITY, 'AdamW decay of the second moment'),
   eps=S(1e-8, IDENTITY, 'AdamW epsilon'),
@@ -179,7 +181,8 @@ LOG = dict(
   every_steps=S(10, REPORTING, 'steps between lines of the log'),
   eval_every_steps=S(500, REPORTING, 'steps between evaluations; the last step is always evaluated'),
   eval_batches=S(20, REPORTING, 'validation batches per source, the same ones each time'),
-  samples=S(3, REPORTING, 'texts that the model writes at each evaluation'),
+  samples=S(3, REPORTING, 'texts that the model writes at each evaluation; in pre-training, at most as many as '
+            'process 0 has rows of a batch'),
   sample_tokens=S(64, REPORTING, 'longest such text, in tokens'),
   tensorboard=S(True, REPORTING, 'write TensorBoard event files to WORKDIR/tensorboard'),
   wandb=S('', REPORTING, "project of Weights & Biases to send the figures to (pip install 'betarank[wandb]'); empty: "
@@ -344,6 +347,11 @@ def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 def default(key: str) -> Any:
   """Returns the default of the setting with the dotted key `key`. Dataclass fields take their defaults from here."""
   return _FLAT[key].default
+
+
+def is_setting(key: str) -> bool:
+  """Returns True if `key` is the dotted key of a setting, and not of an entry in one, such as data.sources.main.uri."""
+  return key in _FLAT
 
 
 def when_missing(key: str) -> Any:

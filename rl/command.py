@@ -68,7 +68,7 @@ def _configure(args: argparse.Namespace, overrides: dict[str, str]) -> ConfigDic
       raise ConfigError(f'betarank rl: --workdir: {problem}')
   trained = setup.parent_meta(epath.Path(args.workdir), source)
   inherit_model(config, trained, overrides)
-  if not args.config:  # the default is to hold problems out, if the documents of the pre-training left them out
-    left_out = setup.whole_config(trained)['data'].get('held_out_fraction', 0.0)
-    config.rl.task.held_out_fraction = min(config.rl.task.held_out_fraction, left_out)
+  if not args.config and overrides.get('rl.task.uri', config.rl.task.uri).startswith('reasoning'):
+    # The default is to hold problems out, as far as the documents of all stages before left them out.
+    config.rl.task.held_out_fraction = min(config.rl.task.held_out_fraction, setup.left_out(trained))
   return config

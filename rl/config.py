@@ -20,7 +20,7 @@ from betarank.runtime.checkpoint import CheckpointConfig
 from betarank.tasks.code_jail import JailConfig
 from betarank.tasks.task_set import TaskConfig
 from betarank.tasks.verifiers import VerifierConfig
-from betarank.train.config import at_least_one, check_seed, check_warmup, first_and_last
+from betarank.train.config import at_least_one, check_profile, check_seed, check_warmup, first_and_last
 from betarank.train.optimizer import OptimizerConfig
 
 TRUNCATED_REWARD = ('zero', 'masked')
@@ -186,6 +186,7 @@ class RlRun:
     if not self.train.init_from:
       raise ValueError('train.init_from must name the pre-trained run or checkpoint to start from, got none')
     check_warmup(self.optimizer, self.updates, 'the updates of rl.steps')
+    check_profile(self.log.profile_steps, self.steps)
 
   @property
   def mesh(self) -> MeshConfig:

@@ -165,7 +165,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       NamedSharding(mesh, model.spec('batch', 'length')),
       _reference(run, tx, mesh, beginning.parent) if rl.loss.kl_weight else None)
     lineage = setup.lineage(config, beginning, tokenizer, tokenizer_path)
-    profile = Profile(root, first_and_last(run.log.profile_steps))
+    profile = stack.enter_context(contextlib.closing(Profile(root, first_and_last(run.log.profile_steps))))
     last: dict[str, float] = {}
     history: list[dict[str, float]] = []
     warned: set[str] = set()
@@ -383,14 +383,13 @@ def check_steps(rl: RlConfig, root: epath.Path) -> None:
 
 
 def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
-  """Raises ConfigError if held-out problems of this run may be in the documents that the parent was trained on.
+  """Raises ConfigError if held-out problems of this run may be in documents that the parent was trained on, in any
+  stage.
 
   parent: the metadata of the checkpoint that the run starts from.
   """
-  documents = setup.whole_config(parent).get('data', {})
-  made = any(source['uri'].startswith('reasoning') for source in documents.get('sources', {}).values())
-  left_out = documents.get('held_out_fraction', 0.0)
-  if made and rl.task.uri.startswith('reasoning') and rl.task.held_out_fraction > left_out:
+  left_out = setup.left_out(parent)
+  if rl.task.uri.startswith('reasoning') and rl.task.held_out_fraction > left_out:
     raise ConfigError(f'config.rl.task.held_out_fraction must be at most {left_out}, what the documents of the '
                       f'pre-training left out (data.held_out_fraction), got {rl.task.held_out_fraction}')
 

@@ -11,7 +11,7 @@ class Profile:
   """Traces the steps from `first` to `last`, and writes the trace to WORKDIR/profile.
 
   The constructor's argument `steps` is (first, last), or None for no trace. The trace begins before step `first`, and
-  ends when the devices have finished step `last`.
+  ends when the devices have finished step `last`. Call `close` at the end of the run, which may come earlier.
   """
 
   def __init__(self, workdir: epath.Path, steps: tuple[int, int] | None):
@@ -40,3 +40,9 @@ class Profile:
           array.block_until_ready()
         jax.profiler.stop_trace()
         self._running, self._steps = False, None
+
+  def close(self) -> None:
+    """Ends the trace if the run has ended before the last step to trace."""
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False

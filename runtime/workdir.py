@@ -20,10 +20,13 @@ from betarank.configs.load import flatten, to_json
 from betarank.runtime import lease
 
 
-def check_config(workdir: epath.Path, config: ConfigDict) -> None:
+def check_config(workdir: epath.Path, config: ConfigDict, inherits: bool = False) -> None:
   """Raises ConfigError if the workdir holds a run that can't resume with this config.
 
   Settings with the role IDENTITY (configs/settings.py) must be unchanged. The message names the setting that differs.
+
+  inherits: whether the run will take its model from a checkpoint (train/inherit.py). The settings that `config` has in
+    their place aren't compared.
   """
   path = workdir / 'config.json'
   if not path.exists():
@@ -34,6 +37,8 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
     raise ConfigError(f'{path}: not a config ({error}); remove it to resume with the present one') from None
   before, now = flatten(before), flatten(json.loads(to_json(config)))
   for key in sorted(before.keys() | now.keys()):
+    if inherits and (key.startswith('model.') or key == 'data.vocab_size'):
+      continue
     missing = settings.when_missing(key)
     if _is_fixed(key, is_rl='rl.steps' in now) and before.get(key, missing) != now.get(key, missing):
       raise ConfigError(f'--workdir={workdir}: holds a run with config.{key} = {before.get(key)!r}, now '

@@ -33,8 +33,9 @@ def main(argv: Sequence[str]) -> None:
 def _configure(args: argparse.Namespace, overrides: Mapping[str, str]) -> ConfigDict:
   """Returns the config that --config and the overrides give.
 
-  If the run starts from a checkpoint, the model's settings are taken from the checkpoint. The tokenizer is also taken
-  from the checkpoint, unless the config names a tokenizer or the data folder has one.
+  If the run starts from a checkpoint, the model's settings are taken from the checkpoint, except for those of the
+  rotary embedding that the config or an override changes. The tokenizer is also taken from the checkpoint, unless the
+  config names a tokenizer or the data folder has one.
   """
   config = load.read_stage(args.config, 'train')
   load.apply_paths(config, overrides, _DECIDE)
@@ -42,10 +43,10 @@ def _configure(args: argparse.Namespace, overrides: Mapping[str, str]) -> Config
   if source:
     with importing('starting JAX'):
       from betarank.train import setup
-      from betarank.train.inherit import inherit_model
+      from betarank.train.inherit import ROPE, inherit_model
 
     trained = setup.parent_meta(epath.Path(args.workdir), source)
-    inherit_model(config, trained, overrides)
+    inherit_model(config, trained, overrides, may_change=ROPE)
     own = config.get('data', {})
     if 'dir' in own and not own.get('tokenizer') and not (epath.Path(own.dir) / 'tokenizer.model').exists():
       own.tokenizer = setup.trained_tokenizer(trained)

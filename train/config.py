@@ -92,6 +92,7 @@ class RunConfig:
       raise ValueError(f'train.tokens must make at most {MOST_STEPS:,} steps of {self.tokens_per_step:,} tokens, got '
                        f'{self.train.tokens}')
     check_warmup(self.optimizer, self.steps, f'the steps that train.tokens = {self.train.tokens} make')
+    check_profile(self.log.profile_steps, self.steps)
 
   @property
   def mesh(self) -> MeshConfig:
@@ -161,6 +162,11 @@ def check_seed(seed: int) -> None:
 def check_warmup(optimizer: OptimizerConfig, steps: int, which: str) -> None:
   if optimizer.warmup_steps >= steps:
     raise ValueError(f'optimizer.warmup_steps must be < {steps}, {which}, got {optimizer.warmup_steps}')
+
+
+def check_profile(profile_steps: str, steps: int) -> None:
+  if (found := first_and_last(profile_steps)) and found[0] > steps:
+    raise ValueError(f'log.profile_steps must begin at or before the last step, {steps}, got {profile_steps}')
 
 
 def first_and_last(profile_steps: str) -> tuple[int, int] | None:

@@ -63,7 +63,7 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
   meta = checkpoint.read_meta(source)
   config = setup.whole_config(meta)
   c = section(ModelConfig, config['model'], 'model')
-  positions = positions or max(setup.trained_length(meta), meta.get('positions', 0))
+  positions = positions or setup.longest_text(meta)
   theirs = hf_config.to_hf(c, positions=positions, dtype=dtype)
   leaves = hf_weights.leaves(c)
   tokenizer_path = tokenizer_path or setup.trained_tokenizer(meta)
@@ -109,7 +109,8 @@ def _copy(source, leaf: hf_weights.Leaf, views: dict[str, np.ndarray]) -> None:
   leaf: the array.
   views: the exported tensors by name, from `hf_weights.create`.
   """
-  where = str(source.resolve()) if '://' in str(source) else f'file://{source.resolve()}'
+  place = str(checkpoint.absolute(source))
+  where = place if '://' in place else f'file://{place}'
   try:
     store = tensorstore.open(f'{where}/state/|ocdbt:params.{leaf.path}/', read=True).result()
     if store.shape != leaf.shape:

@@ -21,6 +21,7 @@ from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.steps import planned_steps
 from betarank.configs.stop import StopSignal
 from betarank.data import prepared
+from betarank.data.tokenizer import find as tokenizer_file
 from betarank.objectives import ObjectiveConfig
 from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
@@ -28,6 +29,7 @@ from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState
 from betarank.train import score, setup
 from betarank.train.config import RunConfig, first_and_last, run_config
+from betarank.train.inherit import describe_rope
 from betarank.train.optimizer import decay_start, make_optimizer, schedule
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 from betarank.train.step import make_evaluate, make_step
@@ -45,7 +47,7 @@ def inputs(config: ConfigDict) -> dict[str, str]:
   """Returns {description: path} of the files whose content must be the same for all processes of a run."""
   c = run_config(config).data
   manifests = {f'data manifest of {name}': str(prepared.folder(c, name) / 'manifest.json') for name in c.sources}
-  return {'tokenizer': c.tokenizer_path, **manifests}
+  return {'tokenizer': str(tokenizer_file(c.tokenizer_path)), **manifests}
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
@@ -82,6 +84,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     log = stack.enter_context(contextlib.closing(setup.open_log(root, config, start=start, steps=run.steps)))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
+      'rope': describe_rope(run.model, parent),
       'objective': describe_objective(run.objective),
       'data': f'{", ".join(f"{name} ({source.uri})" for name, source in run.data.sources.items())} in {run.data.dir}',
       'mesh': setup.describe_mesh(mesh),
@@ -94,7 +97,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     texts = Texts(run, tokenizer, mesh)
     recorder = Recorder(run, log, checkpoints)
     lineage = setup.lineage(config, beginning, tokenizer, run.data.tokenizer_path)
-    profile = Profile(root, first_and_last(run.log.profile_steps))
+    profile = stack.enter_context(contextlib.closing(Profile(root, first_and_last(run.log.profile_steps))))
 
     setup.stopped_before(log, start, stop)
     for step in range(start + 1, run.steps + 1):

@@ -58,6 +58,8 @@ class OptimizerConfig:
         raise ValueError(f'{name} must be in [0, 1), got {getattr(self, name)}')
     if not 0 <= self.decay_fraction <= 1:
       raise ValueError(f'decay_fraction must be in [0, 1], got {self.decay_fraction}')
+    if self.decay_fraction and self.final_lr > self.lr:
+      raise ValueError(f'final_lr must be <= lr = {self.lr} if decay_fraction is > 0, got {self.final_lr}')
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -33,6 +33,7 @@ from betarank.runtime.metrics import Log
 from betarank.runtime.program_cache import keep_programs
 from betarank.runtime.state import TrainState, abstract_state, create_state, shard_bytes
 
+INHERITED = ('data', 'objective')  # sections of a config that the checkpoints of child runs keep
 BATCH_AXES = ('data', 'fsdp', 'expert')  # mesh axes that split rows
 _BEFORE_AMPERE = r'[1-7]\.'  # compute capabilities of GPUs without bfloat16
 SAVE_DEADLINE_S = 1800  # how long a failed run waits for a save in progress; that of a large model takes minutes
@@ -215,7 +216,8 @@ def whole_config(meta: Mapping[str, Any]) -> dict[str, Any]:
   """
   config, inherited = dict(meta['config']), meta.get('inherited', {})
   if 'sources' not in config['data'] and 'data' in inherited:
-    config = {**inherited, **config, 'data': {**inherited['data'], 'tokenizer': trained_tokenizer(meta)}}
+    sections = {name: inherited[name] for name in INHERITED if name in inherited}
+    config = {**sections, **config, 'data': {**inherited['data'], 'tokenizer': trained_tokenizer(meta)}}
   return config
 
 
@@ -228,10 +230,37 @@ def trained_length(meta: Mapping[str, Any]) -> int:
   meta: the metadata of the checkpoint.
   """
   config = whole_config(meta)
-  longest = config['data']['sequence_length']
+  longest = config['data'].get('sequence_length', 0)
   if rl := config.get('rl'):
     longest = max(longest, rl['max_prompt_tokens'] + max(rl['max_new_tokens']))
   return longest
+
+
+def longest_text(meta: Mapping[str, Any]) -> int:
+  """Returns the length in tokens of the longest text that a checkpoint was trained on in any of its stages, or that it
+  was imported with.
+
+  meta: the metadata of the checkpoint.
+  """
+  return max(trained_length(meta), meta.get('positions', 0), meta.get('inherited', {}).get('positions', 0))
+
+
+def left_out(meta: Mapping[str, Any]) -> float:
+  """Returns the share of all questions that are in no document of the kind `reasoning` which a checkpoint was trained
+  on.
+
+  This is the smallest data.held_out_fraction of all stages with such documents, or 1 if no stage had them. The config
+  of an imported model doesn't count, because its sources are only defaults.
+
+  meta: the metadata of the checkpoint.
+  """
+  before = meta.get('inherited', {})
+  stages = [] if 'positions' in meta else [meta['config'].get('data', {})]
+  if 'held_out_fraction' not in before:  # an earlier version of the code wrote only the section of the last stage
+    stages.append(before.get('data', {}))
+  return min([before.get('held_out_fraction', 1.0), *(
+    stage.get('held_out_fraction', 0.0) for stage in stages
+    if any(source['uri'].startswith('reasoning') for source in stage.get('sources', {}).values()))])
 
 
 class Beginning(NamedTuple):
@@ -242,7 +271,7 @@ class Beginning(NamedTuple):
     step: the number of steps done; 0 for a new run.
     cursor: the position in the data or the prompts, from the checkpoint; None for a new run.
     parent: the checkpoint that the run started from when it was new; '' for random weights.
-    inherited: sections of the config of the original pre-training, which the run's checkpoints keep (see `lineage`).
+    inherited: what the run's checkpoints keep of the parent's metadata (see `_inherited`).
   """
 
   state: TrainState
@@ -321,12 +350,15 @@ def check_same_function(c: model.ModelConfig, trained: Mapping[str, Any], fields
 
 
 def _inherited(meta: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the sections `data` and `objective` of a parent's config.
+  """Returns what the checkpoints of a run keep of its parent's metadata.
 
-  The config of the child run may lack these sections, but code that reads the child's checkpoints needs them.
+  This is the sections INHERITED of its config, which the config of the child run may lack, although code that reads the
+  child's checkpoints needs them, and what is known of all earlier stages: `positions` (see `longest_text`) and
+  `held_out_fraction` (see `left_out`).
   """
   config = whole_config(meta)
-  return {name: config[name] for name in ('data', 'objective') if name in config}
+  return {**{name: config[name] for name in INHERITED if name in config},
+          'positions': longest_text(meta), 'held_out_fraction': left_out(meta)}
 
 
 def lineage(config: ConfigDict, beginning: Beginning, tokenizer: data.Tokenizer, tokenizer_path: str) -> dict[str, Any]:

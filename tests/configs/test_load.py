@@ -14,6 +14,7 @@ from betarank.configs import command, common, load
 from betarank.configs.errors import ConfigError
 from betarank.configs.parser import Parser
 from betarank.configs.sections import section
+from betarank.data import DataConfig
 from tests.runs import BETARANK
 
 SMOKE = 'configs/smoke.py'
@@ -56,6 +57,17 @@ def test_argument_overrides_and_derived_values():
 )
 def test_overrides_that_cannot_be(argv, message):
   assert refused(*argv).startswith(message)
+
+
+def test_a_whole_number_in_an_entry_may_become_a_fraction():
+  """A config may write weight=2, although a weight is any number. The types of entries are checked later."""
+  web = {'data.sources': '{"web": {"uri": "text:/x", "weight": 2, "max_documents": 0, "max_bad_rows": 0, '
+                         '"template": ""}}'}
+  for text in ('0.5', '3'):
+    assert load.load(SMOKE, {**web, 'data.sources.web.weight': text}).data.sources.web.weight == float(text)
+  wrong = load.load(SMOKE, {**web, 'data.sources.web.max_documents': '0.5'})
+  with pytest.raises(ConfigError, match='config.data.sources.web.max_documents: expected a whole number, got 0.5'):
+    section(DataConfig, wrong.data, 'data')
 
 
 @pytest.mark.parametrize(
@@ -137,6 +149,15 @@ def test_the_config_command_takes_its_file_with_and_without_the_flag(capsys):
     command.main([word, '--config.optimizer.lr=1e-3'])
     outs.append(capsys.readouterr().out)
   assert outs[0] == outs[1] and 'optimizer.lr = 0.001' in outs[0]
+
+
+def test_in_a_resolved_config_no_default_is_shown_as_changed(tmp_path, capsys):
+  """JSON has lists in place of tuples. An empty section counted as changed too, because the config is locked."""
+  path = tmp_path / 'config.json'
+  path.write_text(load.to_json(common.rl_base()))
+  command.main([str(path)])
+  out = capsys.readouterr().out
+  assert 'rl.max_new_tokens = [8192, 16384]' in out and '# default' not in out
 
 
 def test_parse_reads_by_the_type_of_the_default():

@@ -18,12 +18,13 @@ import time
 
 import pytest
 import rich.console
+from etils import epath
 from ml_collections import ConfigDict
 
 from betarank.configs.errors import ConfigError
 from betarank.launch import engine, on_tpu
 from betarank.launch import sweep as sweep_module
-from betarank.launch.points import Point, expand, local_files
+from betarank.launch.points import Point, check_workdirs, expand, local_files
 from betarank.launch.sweep import Sweep
 from betarank.runtime import checkpoint, workdir
 from tests import runs
@@ -95,6 +96,30 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(tmp_path, body, me
     expand(write(tmp_path, body), str(tmp_path / 'root'))
   assert message in str(error.value)
   assert not (tmp_path / 'root').exists()
+
+
+def test_a_run_that_took_its_model_from_another_run_can_be_launched_again(tmp_path):
+  """The config in its workdir has the model of the run before, which is not that of its config file."""
+  points = expand(write(tmp_path, '  add("mid", after=add(**{"model.d_model": 64}))\n'), str(tmp_path / 'root'))
+  first, child = (point for point in points if point.stage == 'train')
+
+  def started(point, **changes):
+    config = point.config.copy_and_resolve_references()
+    with config.unlocked():
+      config.update_from_flattened_dict(changes)
+    workdir.write_config(epath.Path(point.workdir), config)
+
+  model = {'model.d_model': 64, 'model.vocab_size': 512, 'data.vocab_size': 512, 'model.moe.experts': 4}
+  started(first)
+  started(child, **model)
+  check_workdirs(points)
+  started(child, **model, **{'optimizer.lr': 0.5})
+  with pytest.raises(ConfigError, match=r'mid/train: holds a run with config\.optimizer\.lr = 0\.5, now 0\.01'):
+    check_workdirs(points)
+  started(child, **model)
+  started(first, **{'model.layers': 7})
+  with pytest.raises(ConfigError, match=r'holds a run with config\.model\.layers = 7, now 1'):
+    check_workdirs(points)
 
 
 def test_on_tpu_a_dry_run_prints_points_chips_hours_cost_and_commands():

@@ -13,6 +13,7 @@ from betarank.rl.loop import check_held_out
 from betarank.rl.rewards import RewardRule, rewards, vary
 from betarank.rl.warnings import warnings
 from betarank.tasks.verifiers import Verdict
+from betarank.train import setup
 from betarank.train.sampler import Sample
 
 RIGHT, WRONG, UNDECIDED = Verdict.RIGHT, Verdict.WRONG, Verdict.UNDECIDED
@@ -97,6 +98,8 @@ def test_problems_that_the_documents_may_hold_are_not_held_out():
   check_held_out(rl, parent(0.0, 'text:/any'))
   with pytest.raises(ConfigError, match='config.rl.task.held_out_fraction must be at most 0.1, what the documents'):
     check_held_out(rl, parent(0.1, 'reasoning:chain_sum'))
+  with pytest.raises(ConfigError, match='config.rl.task.held_out_fraction must be at most 0.1'):  # two stages before
+    check_held_out(rl, {**parent(0.0, 'text:/any'), 'inherited': setup._inherited(parent(0.1, 'reasoning'))})
 
 
 def step(**changes):

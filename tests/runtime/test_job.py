@@ -57,6 +57,15 @@ def test_processes_of_pre_training_compare_tokenizer_and_data(tmp_path):
   assert changed == {'tokenizer'}
 
 
+def test_a_tokenizer_s_folder_is_compared_by_its_file(tmp_path):
+  config = smoke.get_config()
+  config.data.update(dir=str(tmp_path), tokenizer=str(tmp_path))
+  (tmp_path / 'tokenizer.model').write_bytes(b'pieces')
+  before = fingerprint(train_loop, config)
+  (tmp_path / 'tokenizer.json').write_text('{}')
+  assert 'missing' != before['tokenizer'] != fingerprint(train_loop, config)['tokenizer'] != 'missing'
+
+
 def test_processes_of_rl_compare_the_files_of_problems(tmp_path):
   config, file = rl_smoke.get_config(), tmp_path / 'aime.jsonl'
   assert not rl_loop.inputs(config)  # its problems are generated

@@ -31,6 +31,7 @@ from betarank.runtime import checkpoint
 from betarank.runtime.state import TrainState
 from betarank.train import hf, setup
 from tests import tokenizer_files
+from tests.bucket import Bucket
 from tests.runs import BETARANK, environment
 
 DENSE = model.ModelConfig(
@@ -162,6 +163,16 @@ def test_files(exported):
   config = json.loads((folder / 'config.json').read_text())
   assert config['max_position_embeddings'] == 512 and config['eos_token_id'] == spm.EOS
   assert config['rope_theta'] == config['rope_parameters']['rope_theta'] == c.rope_base
+
+
+def test_a_checkpoint_in_a_bucket(tmp_path):
+  save(DENSE, random_params(DENSE), tmp_path / 'store/bucket/run')
+  hf.export(str(tmp_path / 'store/bucket/run'), str(tmp_path / 'local'), tokenizer_path='none')
+  (tmp_path / 'store/bucket/run/checkpoints/3' / checkpoint.COMMITTED).touch()
+  with Bucket(tmp_path / 'store'):
+    hf.export('gs://bucket/run', str(tmp_path / 'hf'), tokenizer_path='none')
+  for path in (tmp_path / 'local').iterdir():
+    assert (tmp_path / 'hf' / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize('c', [MODELS['sigmoid'], QWEN2], ids=['sigmoid', 'qwen2'])
@@ -639,6 +650,7 @@ def test_an_imported_model_goes_through_every_command(published, tmp_path):
   assert manifest['settings']['tokenizer_sha256'] == spm.sha256_of(str(tmp_path / 'out'))
   bits = json.loads(next((tmp_path / 'tuned' / 'eval' / 'probe').glob('*.json')).read_text())
   assert 0 < bits['domains']['main']['bits_per_byte'] < 20
+  assert json.loads((tmp_path / 'out' / 'config.json').read_text())['max_position_embeddings'] == 40_960
   check_transformers_reads(tmp_path / 'out', folder)
 
 

@@ -10,7 +10,8 @@ from betarank.configs.parser import Parser
 from betarank.rl import command as rl_command
 from betarank.runtime.flags import add_run_flags
 from betarank.train import command, setup
-from betarank.train.inherit import inherit_model
+from betarank.train.config import run_config
+from betarank.train.inherit import describe_rope, inherit_model
 
 
 @pytest.fixture
@@ -37,6 +38,38 @@ def test_a_config_without_a_model_gets_it_whole(trained):
 def test_an_override_that_contradicts_is_refused(trained, key, text):
   with pytest.raises(ConfigError, match=rf'config\.{key} is .* in the checkpoint to start from'):
     inherit_model(common.base(), trained, {key: text})
+
+
+@pytest.mark.parametrize('asked, base', [
+  ((), 5e5),  # the config has the default
+  (('--config.model.rope_base=1e4',), 1e4),
+  ((':rope_base=1e6',), 1e6),
+  ((':rope_base=1e6', '--config.model.rope_base=2e6'), 2e6)])
+def test_training_may_change_the_rotary_embedding_and_says_so(trained, resolved, tmp_path, asked, base):
+  trained['config']['model']['rope_base'] = 5e5
+  (tmp_path / 'x.py').write_text(
+    'from betarank.configs import common\n\n\ndef get_config(arg=None):\n  c = common.base()\n'
+    '  c.model.rope_base = common.parse(arg, rope_base=c.model.rope_base).rope_base\n  return c\n')
+  spec = ''.join(text for text in asked if text.startswith(':'))
+  overrides = [text for text in asked if text.startswith('--')]
+  config = resolved(f'--config={tmp_path}/x.py{spec}', '--config.train.init_from=~/parent', *overrides)
+  assert config.model.rope_base == base and config.model.layers == 3
+  said = describe_rope(run_config(config).model, trained)
+  assert said == (f'model.rope_base: 500,000 in the checkpoint, {base:,.0f} from now on' if base != 5e5 else '')
+  assert not describe_rope(run_config(config).model, {})
+
+
+def test_the_paper_s_mid_training_has_its_own_rotary_embedding(trained, resolved):
+  assert trained['config']['model']['rope_base'] == 1e4
+  config = resolved('--config=configs/paper/dense_1b.py:stage=midtrain', '--config.train.init_from=~/parent')
+  assert (config.model.rope_base, config.model.d_model) == (1e6, trained['config']['model']['d_model'])
+
+
+def test_rl_keeps_the_checkpoint_s_rotary_embedding(trained):
+  config = load.read('tests/tiny_rl.py')
+  config.model.rope_base = 1e6
+  inherit_model(config, trained, {})
+  assert config.model.rope_base == 1e4
 
 
 @pytest.fixture
@@ -86,6 +119,19 @@ def test_rl_starts_from_a_run_in_the_home_folder(resolved, tmp_path):
   args = flags.parse_args([f'--workdir={tmp_path}/rl'])
   args.source, args.task, args.config = None, None, 'tests/tiny_rl.py'
   assert rl_command._configure(args, {'train.init_from': '~/parent'}).train.init_from == f'{tmp_path}/parent'
+
+
+@pytest.mark.parametrize('task, imported, held_out', [
+  ('reasoning:gcd', False, 0.01), (None, False, 0.01), ('jsonl:x.jsonl', False, 0.1), ('reasoning:gcd', True, 0.1)])
+def test_without_a_config_rl_holds_out_what_was_left_out(trained, tmp_path, monkeypatch, task, imported, held_out):
+  trained['config']['data'] = {'sources': {'main': {'uri': 'reasoning'}}, 'held_out_fraction': 0.01}
+  meta = {**trained, 'positions': 64} if imported else trained
+  monkeypatch.setattr(setup, 'parent_meta', lambda root, source: meta)
+  flags = Parser('betarank rl')
+  add_run_flags(flags)
+  args = flags.parse_args([f'--workdir={tmp_path}/rl'])
+  args.source, args.task, args.config = 'parent', task, ''
+  assert rl_command._configure(args, {}).rl.task.held_out_fraction == held_out
 
 
 def test_a_path_that_an_override_corrects_is_read_with_the_override(tmp_path):

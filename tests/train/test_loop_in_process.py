@@ -3,21 +3,26 @@
 import json
 
 import pytest
+from etils import epath
 
 from betarank.configs import load
+from betarank.runtime.profile import Profile
 from betarank.train import loop
 from tests.runs import prepare
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """Returns the workdir of a run of three steps. Its data has no validation split, and two steps are profiled."""
+  """Returns the workdir of a run of three steps. Its data has no validation split.
+
+  The steps from 2 on are profiled. The run ends before the last step to profile.
+  """
   folder = tmp_path_factory.mktemp('run')
   without = '--config.data.validation_fraction=0'
   prepare(f'tests/tiny.py:dir={folder}/data', without)
   config = load.load(f'tests/tiny.py:dir={folder}/data', {
     'data.validation_fraction': '0', 'train.tokens': '768', 'model.layers': '1', 'optimizer.warmup_steps': '1',
-    'log.profile_steps': '2-3', 'log.samples': '2', 'checkpoint.every_steps': '100'})
+    'log.profile_steps': '2-9', 'log.samples': '2', 'checkpoint.every_steps': '100'})
   loop.train(config, str(folder / 'run'))
   return folder / 'run'
 
@@ -27,8 +32,17 @@ def test_sample_texts_do_not_depend_on_a_validation_split(run):
   assert [line['step'] for line in lines] == [3, 3] and all(line['prompt'] for line in lines)
 
 
-def test_chosen_steps_are_profiled(run):
+def test_a_profile_is_written_although_the_run_ends_before_its_last_step(run):
   assert list((run / 'profile').rglob('*.xplane.pb'))
+
+
+def test_a_profile_ends_after_its_last_step(tmp_path):
+  profile = Profile(epath.Path(tmp_path), (2, 2))
+  for step, files in ((1, 0), (2, 1), (3, 1)):
+    with profile.at(step):
+      pass
+    assert len(list((tmp_path / 'profile').rglob('*.xplane.pb'))) == files
+  profile.close()
 
 
 def test_a_run_records_its_command_and_devices(run):

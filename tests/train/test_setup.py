@@ -114,13 +114,13 @@ def test_what_follows_a_step():
 
 
 def test_a_checkpoint_of_rl_tells_of_the_data_it_descends_from():
-  pretrained = {'config': {'data': {'dir': 'd', 'tokenizer': '', 'sources': {}}, 'objective': {'beta': 0.5}}}
+  data = {'dir': 'd', 'tokenizer': '', 'sources': {}, 'sequence_length': 8}
+  pretrained = {'config': {'data': data, 'objective': {'beta': 0.5}}}
   rl = {'config': {'data': {'tokenizer': ''}, 'rl': {}}, 'tokenizer': 'd/tokenizer.model',
         'inherited': setup._inherited(pretrained)}
   assert setup.trained_tokenizer(pretrained) == 'd/tokenizer.model'
   whole = setup.whole_config(rl)
-  assert whole['data'] == {'dir': 'd', 'tokenizer': 'd/tokenizer.model', 'sources': {}}
-  assert whole['objective'] == {'beta': 0.5} and whole['rl'] == {}
+  assert whole == {'data': data | {'tokenizer': 'd/tokenizer.model'}, 'objective': {'beta': 0.5}, 'rl': {}}
   assert setup._inherited(rl)['data']['dir'] == 'd', 'RL that continues RL'
 
 
@@ -197,3 +197,23 @@ def test_the_trained_length_of_an_rl_checkpoint_comes_from_its_pre_training_too(
     rl = load.load('tests/tiny_rl.py:init_from=x', {'rl.max_prompt_tokens': '20', 'rl.max_new_tokens': f'[{new}]'})
     lengths[new] = setup.trained_length({**meta(rl), 'inherited': {'data': pretrained['config']['data']}})
   assert lengths == {4: 32, 100: 120}
+
+
+def test_what_earlier_stages_were_trained_on_is_kept():
+  stage = lambda length, uri, left_out: {'config': {'data': {
+    'dir': 'd', 'sources': {'main': {'uri': uri}}, 'sequence_length': length, 'held_out_fraction': left_out}}}
+  rl = {'config': {'data': {'tokenizer': ''}, 'rl': {'max_prompt_tokens': 4, 'max_new_tokens': [4]}}, 'tokenizer': 't'}
+  after = lambda parent, child: {**child, 'inherited': setup._inherited(parent)}
+  known = lambda meta: (setup.longest_text(meta), setup.left_out(meta))
+  long = stage(64, 'reasoning', 0.1)
+  assert known(long) == (64, 0.1)
+  short = after(long, stage(32, 'text:/any', 0.0))
+  for meta in (short, after(short, rl), after(after(short, rl), rl)):
+    assert known(meta) == (64, 0.1)
+  assert known(after(short, stage(32, 'reasoning:gcd', 0.02))) == (64, 0.02)
+  imported = {**stage(32, 'reasoning', 0.0), 'positions': 40_960}  # its sources are only defaults
+  for meta in (imported, after(imported, rl), after(imported, stage(32, 'text:/any', 0.0))):
+    assert known(meta) == (40_960, 1.0)
+  assert known(after(imported, long)) == (40_960, 0.1)
+  before = {**rl, 'inherited': {'data': long['config']['data']}}  # as earlier versions wrote it
+  assert known(before) == (64, 0.1)
