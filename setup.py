@@ -39,7 +39,7 @@ EXTRAS = {
     'hf': ['safetensors>=0.7'],  # betarank hf import
     'wandb': ['wandb>=0.19'],  # config.log.wandb
     'lm_eval': ['lm_eval>=0.4.13'],  # betarank eval harness
-    'dev': ['safetensors>=0.7', 'gcsfs>=2024.6', 'pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.112', 'ruff>=0.8'],
+    'dev': ['safetensors>=0.7', 'gcsfs>=2024.6', 'pytest>=8.3', 'pytest-xdist>=3.8', 'hypothesis>=6.112', 'ruff>=0.8'],
 }
 
 FOLDERS = ('configs', 'objectives', 'model', 'data', 'tasks', 'runtime', 'train', 'rl', 'eval', 'launch')

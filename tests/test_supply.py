@@ -78,6 +78,7 @@ def test_the_versions_that_were_tested_go_together():
   needs = {'setup.py': [*core, *extras['tpu']], **{
     name: [*map(Requirement, here[name].requires or [])] for name, pin in of.items()
     if name in here and pin.specifier.contains(here[name].version)}}
+  assert len(needs) > 1, 'no package is installed here in the tested version'
   for name, required in needs.items():
     for need in required:
       pin = of.get(canonicalize_name(need.name))

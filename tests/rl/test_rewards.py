@@ -116,7 +116,7 @@ def entropies(share):
   ('truncated', [step(truncated_share=0.96)] * 10, [step(truncated_share=0.95)] + [step(truncated_share=1.0)] * 9),
   ('flat', [step()] * 50 + [step(pass_rate=0.304)] * 50, [step()] * 50 + [step(pass_rate=0.306)] * 50),
   ('collapse', entropies(0.09), entropies(0.11))])
-def test_a_person_is_warned_of_what_is_odd_and_not_before(kind, odd, well):
+def test_warnings_come_at_their_thresholds(kind, odd, well):
   assert kind in warnings(odd)
   assert kind not in warnings(odd[:-1]) and kind not in warnings(well)
   assert not warnings([step(pass_rate=0.3 + i / 200) for i in range(100)])

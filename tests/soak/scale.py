@@ -1,9 +1,9 @@
 """python -m tests.soak.scale [--processes=64] [--delay_ms=0] [--documents=2000000]
 
-Measures the start of a job of many hosts at its coordinator: the roll call with the fingerprint of a real run, and the
+Measures the start of a job of many hosts at its coordinator: the rendezvous with the fingerprint of a real run, and the
 connections that watch the start of JAX. The processes are light: they have the code of runtime/rendezvous.py, but
 neither JAX nor a model. With --delay_ms, everything between process 0 and the others arrives so much later, in both
-directions. Then repeats the roll call with a process of other code, and with one that doesn't come. At last, as many
+directions. Then repeats the rendezvous with a process of other code, and with one that doesn't come. At last, as many
 processes at once do what each host does with its data: hash the manifest, check the files, and read the lengths. Then
 they start JAX, gather a value of each, and send each other heartbeats. If a process fails otherwise, the others are
 killed, and the last line names it.

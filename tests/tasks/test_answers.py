@@ -91,6 +91,6 @@ def test_programs():
 def test_long_texts_take_no_long_time(text):
   """The time is linear in the length of the text, or bounded, because the regular expressions don't backtrack."""
   for task in (LINE, BOXED):
-    began = time.process_time()
+    began = time.thread_time()
     final_answer(text, task)
-    assert time.process_time() - began < 1
+    assert time.thread_time() - began < 1
