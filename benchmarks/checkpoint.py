@@ -92,8 +92,8 @@ def _restores(path, target, rounds: int) -> None:
       shares.append((crc32 / (whole - crc32), crc32 / (weights - crc32), sha256 / (whole - crc32)))
       print(f'  restore {whole:.3f}, weights only {weights:.3f}, of which checking {crc32:.3f}; sha256 {sha256:.3f}')
   median = [statistics.median(column) for column in zip(*shares)]
-  print(f'the check beside reading alone: restore {median[0]:.3f}, weights only {median[1]:.3f}; '
-        f'sha256 beside reading alone {median[2]:.3f}')
+  print(f'the check, relative to reading alone: restore {median[0]:.3f}, weights only {median[1]:.3f}; '
+        f'sha256, relative to reading alone {median[2]:.3f}')
 
 
 def timed(work):

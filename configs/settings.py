@@ -63,8 +63,8 @@ MODEL = dict(
   kv_heads=S(2, IDENTITY, 'key and value heads, each shared by heads / kv_heads query heads'),
   head_dim=S(64, IDENTITY, 'width of a head'),
   rope_base=S(1e4, IDENTITY, 'base of the rotary embedding; usually 1e6 for a context of 16k tokens or more. If '
-              "`betarank train` starts from a checkpoint, an override, or a config's value other than the default, "
-              "replaces the checkpoint's rope_base and rope_factor"),
+              '`betarank train` starts from a checkpoint, an override or a value other than the default replaces '
+              "the checkpoint's; the same holds for rope_factor"),
   rope_factor=S(1.0, IDENTITY, "factor of Llama 3.1's rope scaling, for longer texts; 1: none"),
   qk_norm=S(True, IDENTITY, 'normalize queries and keys, as Qwen3 does; Qwen2 and Llama 3 do not'),
   qkv_bias=S(False, IDENTITY, 'add biases to queries, keys and values, as Qwen2 does'),

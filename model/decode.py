@@ -203,7 +203,7 @@ def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) 
     first_C = rows_CM[:, 0]
     new = _over_columns(q_CKQH, pages_P2KSH, table.pages_BJ[first_C], table.prefix_B[first_C])
     by_row = lambda x: x.reshape(some, kv_heads, members, group, *x.shape[3:]).swapaxes(1, 2)
-    # A row that stands in several places of these units has the same results in all.
+    # A row that is in several places of these units has the same results in all.
     return tuple(old.at[rows_CM].set(by_row(x)) for old, x in zip(found, new))
 
   shape = rows, kv_heads, group

@@ -246,11 +246,9 @@ def longest_text(meta: Mapping[str, Any]) -> int:
 
 
 def left_out(meta: Mapping[str, Any]) -> float:
-  """Returns the share of all questions that are in no document of the kind `reasoning` which a checkpoint was trained
-  on.
+  """Returns the smallest data.held_out_fraction of all stages that trained on `reasoning` documents; 1 if none did.
 
-  This is the smallest data.held_out_fraction of all stages with such documents, or 1 if no stage had them. The config
-  of an imported model doesn't count, because its sources are only defaults.
+  The config of an imported model doesn't count, because its sources are only defaults.
 
   meta: the metadata of the checkpoint.
   """

@@ -27,6 +27,7 @@ from betarank.eval.loaded import Loaded, Sampling, sample
 from betarank.eval.token_texts import texts_of, token_text
 from betarank.tasks.task_set import TaskConfig, TaskSet
 from betarank.tasks.verifiers import Verifier
+from betarank.train import setup
 
 MOST_TOKENS = 2048  # of a text
 MOST_SAMPLES = 16  # per checkpoint
@@ -233,8 +234,9 @@ def open_tasks(models: Sequence[Loaded], uri: str) -> TaskSet | None:
     return None
   if uri.startswith('code:'):
     raise EvalError(f'--task={uri}: programs are not judged here; betarank eval sample does it')
-  held_out = [float(given.get('held_out_fraction', 0)), *(m.run.data.held_out_fraction for m in models)]
-  share = min([x for x in held_out if x] or [0.0]) if uri.startswith('reasoning:') else 0.0
+  held_out = [*(setup.left_out(m.ref.meta) for m in models),
+              *(float(task.get('held_out_fraction', 0)) for task in of_rl)]
+  share = min([x for x in held_out if x < 1] or [0.0]) if uri.startswith('reasoning:') else 0.0
   kept = {name: given[name] for name in ('prompt', 'answer_format') if name in given}
   try:
     task = TaskConfig(uri, **kept, held_out_fraction=share)

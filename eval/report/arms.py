@@ -187,7 +187,7 @@ def _tell_apart(runs: Sequence[Run]) -> None:
       differing = sorted(key for key in shared if any(f[key] != flat[0][key] for f in flat))[:3]
       names = {key: key.rpartition('.')[2] for key in differing}
       for key, name in names.items():
-        if f', {name} = ' in inherited:  # RL's lr, beside that of pre-training
+        if f', {name} = ' in inherited:  # RL's lr, next to that of pre-training
           names[key] = f'{stage.rpartition("→")[2].strip()} {name}'
       for run, values in zip(group, flat):
         added[id(run)] = inherited + ''.join(f', {name} = {values.get(key)}' for key, name in names.items())

@@ -60,6 +60,21 @@ def test_documents_are_those_of_the_validation_split(explorer):
   assert 'Question' in whole['text'] and whole['note'] == ''
 
 
+def test_problems_are_held_out_only_if_all_stages_left_them_out(models):
+  """The last stage of the second model left out half of the questions, but an earlier one left out a tenth."""
+  loaded = models[0]
+  sources = {'main': {'uri': 'reasoning:chain_sum'}}
+
+  def trained(last, before):
+    meta = {**loaded.ref.meta, 'config': {**loaded.ref.meta['config'], 'data': {
+      'sources': sources, 'held_out_fraction': last}}, 'inherited': {'held_out_fraction': before}}
+    return loaded._replace(ref=dataclasses.replace(loaded.ref, meta=meta))
+
+  share = lambda *models: views.open_tasks(models, 'reasoning:chain_sum').config.held_out_fraction
+  assert share(trained(0.5, 1.0)) == 0.5 and share(trained(0.5, 1.0), trained(0.5, 0.1)) == 0.1
+  assert share(trained(0.5, 1.0), trained(0.5, 0.0)) == 0.0
+
+
 def test_a_document_that_is_cut_says_so(explorer, monkeypatch):
   [tokens] = explorer.sources['main'].read([2])
   monkeypatch.setattr(views, 'MOST_TOKENS', 16)
