@@ -279,7 +279,7 @@ def check_workdirs(points: Iterable[Point]) -> None:
   """Raises ConfigError if a point's workdir has a run that can't be resumed with the point's config."""
   for point in points:
     if point.stage in TRAINS:
-      inherits = bool(point.config.train.get('init_from'))
+      inherits = bool(point.config.get('train', {}).get('init_from'))
       workdir.check_config(epath.Path(point.workdir), point.config, inherits=inherits)
 
 
