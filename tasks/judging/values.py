@@ -21,7 +21,8 @@ _MAX_BITS = 2**18  # the largest size of an exact number
 _MAX_EXPONENT = 10**6
 _MAX_FACTORIAL = 3000  # larger factorials are computed approximately
 _INTEGER_LETTERS = set('nmkpqjlNMK')
-_PIECEWISE = {'abs', 'floor', 'ceil', 'max', 'min'}  # functions with several cases: near 0 they can equal a simpler one
+# Functions with several cases: near 0 they can equal a simpler one.
+_PIECEWISE = {'abs', 'floor', 'ceil', 'max', 'min'}
 _GROWING = {'exp', 'factorial', 'binomial', 'sinh', 'cosh'}
 # From so many digits on, a decimal in the gold stands for all numbers that round to it, and one in the answer for all
 # numbers that it is close to.
