@@ -118,11 +118,17 @@ def _parts(reading: Reading) -> Iterator[Reading]:
       yield from _parts(part)
 
 
-_VALUE = {r'\frac', r'\sqrt', r'\pi', r'\dollar'}  # commands that may begin the value of a choice
 # These match tokens with a space between two. A letter in \text is a word, so it begins with a quote.
-_CHOICE = re.compile(r"\( ('?[A-Z]) \) ?(.*)|('?[A-Z])")
-_ANOTHER = re.compile(r"(?:^|\( |[,;/=|] |'or |'and )'?[A-Z](?: \)| [,;/=|]| 'or| 'and|$)|(?:^| )'?[A-Z] \.|"
-                      r"^(?:'or|'and|[,;/=|]) ")
+_CHOICE = re.compile(r"\( '([A-Z]) \) (.+)|(?:\( )?'?([A-Z])(?: \))?")
+# Another letter that may be a choice. A is also an article, I is also a Roman numeral, and 7 N is a force.
+_LETTER = r"'?(?:(?!A '(?!is|or|and|was))[A-HJ-Z])(?= [])},;:/=|.]| '|$)"
+_ANOTHER = re.compile('|'.join((
+  rf"(?:^|(?:[\[(,;:/=|.]|\\to|\\Rightarrow|'\S+) ){_LETTER}",  # C) D, (C) not D
+  rf"\d (?!'?[JKLNVW]\b){_LETTER}",  # (C) 7 B
+  r"(?:^| )'?[A-Z] \.|\( '?[A-Z] \)",  # C. 7 D. 8
+  r"'(?i:but|actually|wait|wrong|incorrect)\b",
+  r"^'(?i:or|and|is)\b|^[,;/=] ",
+)))
 
 
 class _Comparison(ValueRules):
@@ -441,15 +447,12 @@ def _all(verdicts: Sequence[bool | None]) -> bool | None:
 def _choice(reading: Reading) -> str:
   """Returns the letter of a multiple-choice answer such as C, (C), or (C) 5; '' if the answer isn't multiple choice.
 
-  It isn't if it has another answer too, such as (C) or (D), or if the letter is a variable, as in (N)(N-1) or (N) < 5.
+  It isn't if it has another answer too, such as (C) or (D), or if the letter is a variable, as in (N)(N-1) or (C) < 5.
   """
   found = _CHOICE.fullmatch(' '.join(token for token in reading.tokens if token not in ('{', '}')))
   if found is None or (found[2] and _ANOTHER.search(found[2])):
     return ''
-  letter, rest = found[1] or found[3], (found[2] or '').split()
-  if rest and letter[0] != "'" and (letter in rest or not (re.match("[A-Za-z0-9'.]", rest[0]) or rest[0] in _VALUE)):
-    return ''
-  return letter.lstrip("'")
+  return found[1] or found[3]
 
 
 def _is_time(reading: Ratio) -> bool:
