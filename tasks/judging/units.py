@@ -46,8 +46,9 @@ _REFUSED = {
   'when', 'but', 'except', 'where', 'for', 'with', 'about', 'approximately', 'then', 'incorrect', 'plus', 'minus',
   'times', 'from', 'to', 'between', 'mod', 'base', 'squared', 'i', 'we', 'it', 'they', 'cannot', 'never', 'maybe',
   'otherwise', 'over', 'under', 'up', 'down', 'answer', 'both', 'either', 'neither', 'nor', 'because', 'since', 'so',
-  'thus', 'loss', 'losses', 'debt', 'deficit', 'factorial', 'divided',
+  'thus', 'factorial', 'divided',
 }
+_OWED = {'loss', 'losses', 'debt', 'debts', 'deficit', 'deficits'}  # words that change the sign of an amount of money
 # Letters that may be units even without \text.
 SINGLE_LETTERS = {'m', 's', 'g', 'h', 'l', 'L', 'J', 'N', 'W', 'V', 'A', 'K', 'd'}
 MAX_WORDS = 3
@@ -167,7 +168,8 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
   if not words:
     return None
   name = ' '.join(token.lstrip("'") for token in tokens)
-  return Unit(tuple(sorted((n, p) for n, p in dimensions.items() if p)), factor, name)
+  unit = Unit(tuple(sorted((n, p) for n, p in dimensions.items() if p)), factor, name)
+  return None if unit.is_money and any(word.lower() in _OWED for word in words) else unit
 
 
 def _exponent(words: list[str], i: int) -> tuple[int | None, int]:
