@@ -32,6 +32,9 @@ _BASE = {
   'ohm': ('resistance', 1, 'ohm'), 'hertz': ('frequency', 1, 'Hz hertz'), 'mole': ('moles', 1, 'mol mole'),
   'erg': ('energy', Fraction(1, 10**7), 'erg'), 'dyne': ('force', Fraction(1, 10**5), 'dyne dyn'),
   'percent': ('percent', 1, 'percent percentage pct'), 'bit': ('bits', 1, 'bit'), 'byte': ('bits', 8, 'byte'),
+  'dozen': ('count', 12, 'dozen'), 'half': ('count', Fraction(1, 2), 'half halve'),
+  **{name: ('count', Fraction(1, i), name) for i, name in enumerate((
+    'third', 'fourth', 'fifth', 'sixth', 'seventh', 'eighth', 'ninth', 'tenth'), 3)},
 }
 _PREFIXES = {'k': 3, 'M': 6, 'G': 9, 'c': -2, 'm': -3, 'd': -1, 'n': -9, 'p': -12, 'mu': -6, 'u': -6}
 _LONG_PREFIXES = {'kilo': 3, 'mega': 6, 'giga': 9, 'centi': -2, 'milli': -3, 'deci': -1, 'nano': -9, 'micro': -6}
@@ -46,7 +49,7 @@ _REFUSED = {
   'when', 'but', 'except', 'where', 'for', 'with', 'about', 'approximately', 'then', 'incorrect', 'plus', 'minus',
   'times', 'from', 'to', 'between', 'mod', 'base', 'squared', 'i', 'we', 'it', 'they', 'cannot', 'never', 'maybe',
   'otherwise', 'over', 'under', 'up', 'down', 'answer', 'both', 'either', 'neither', 'nor', 'because', 'since', 'so',
-  'thus', 'factorial', 'divided',
+  'thus', 'factorial', 'divided', 'halved', 'doubled', 'tripled',
 }
 _OWED = {'loss', 'losses', 'debt', 'debts', 'deficit', 'deficits'}  # words that change the sign of an amount of money
 # Letters that may be units even without \text.
@@ -74,6 +77,11 @@ class Unit(NamedTuple):
   @property
   def is_degree(self) -> bool:
     return self.dimensions == (('degrees', 1),)
+
+  @property
+  def is_count(self) -> bool:
+    """True for words such as dozen or thirds, which say how large a number is."""
+    return self.dimensions == (('count', 1),)
 
   @property
   def is_money(self) -> bool:

@@ -64,6 +64,8 @@ class ValueRules:
       return self.decide(True, 'the unit of the gold left out')
     if gold.unit.is_percent:
       return self.decide(self.values(_scaled(gold, _PERCENT), answer), 'a percentage as a number')
+    if gold.unit.is_count:
+      return self.decide(self.values(_scaled(gold, gold.unit.factor), answer), 'dozens or parts as a number')
     if gold.unit.is_degree:
       return self.decide(self.values(_radians(gold), answer), 'degrees as radians')
     return self.decide(False, 'another number')
@@ -73,6 +75,8 @@ class ValueRules:
       if self.values(gold, _scaled(answer, _PERCENT)):
         return self.decide(True, 'a percentage for the number')
       return self.decide(self.values(gold, answer), 'a percentage whose sign the gold leaves out')
+    if answer.unit.is_count:
+      return self.decide(self.values(gold, _scaled(answer, answer.unit.factor)), 'dozens or parts for the number')
     if answer.unit.is_degree and gold.node is not None and any(
         n == Node('constant', ('pi',)) for n in expressions.walk(gold.node)):
       return self.decide(self.values(gold, _radians(answer)), 'degrees for radians')
