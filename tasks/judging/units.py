@@ -24,7 +24,8 @@ _BASE = {
   'ton': ('tons', 1, 'ton'), 'litre': ('length3', Fraction(1, 1000), 'l L liter litre'),
   'gallon': ('gallons', 1, 'gal gallon'), 'hectare': ('length2', 10000, 'ha hectare'), 'acre': ('acres', 1, 'acre'),
   'dollar': ('dollars', 1, 'dollar usd'), 'cent': ('dollars', Fraction(1, 100), 'cent penny pennie'),
-  'euro': ('euros', 1, 'euro eur'), 'degree': ('degrees', 1, 'degree deg'), 'radian': ('radians', 1, 'rad radian'),
+  'euro': ('euros', 1, 'euro eur'), 'sterling': ('sterling', 1, 'sterling'),
+  'degree': ('degrees', 1, 'degree deg'), 'radian': ('radians', 1, 'rad radian'),
   'kelvin': ('kelvins', 1, 'K kelvin'), 'celsius': ('celsius', 1, 'celsius'),
   'fahrenheit': ('fahrenheit', 1, 'fahrenheit'), 'newton': ('force', 1, 'N newton'), 'joule': ('energy', 1, 'J joule'),
   'electronvolt': ('electronvolts', 1, 'eV electronvolt'), 'watt': ('power', 1, 'W watt'),
@@ -85,7 +86,16 @@ class Unit(NamedTuple):
 
   @property
   def is_money(self) -> bool:
-    return self.dimensions in ((('dollars', 1),), (('euros', 1),))
+    return self.dimensions in ((('dollars', 1),), (('euros', 1),), (('sterling', 1),))
+
+  def may_be(self, other: 'Unit') -> bool:
+    """Returns True if this is the sign £ and the other unit is the word pound, which is money or a weight.
+
+    Both may have the same units after it, as in '£5 per week'.
+    """
+    differ = set(self.dimensions) - set(other.dimensions), set(other.dimensions) - set(self.dimensions)
+    return differ == ({('sterling', 1)}, {('mass', 1)}) and self.factor * _TABLE['pound'][2] == other.factor and (
+      other.name.lower().startswith('pound'))
 
   @property
   def is_generic(self) -> bool:

@@ -52,6 +52,8 @@ class ValueRules:
       same = self.values(_scaled(gold, wanted.factor / given.factor), answer)
       return self.decide(same, f'{self.rule}, in the same unit' if wanted.factor == given.factor else
                           f'{self.rule}, converted from {given.name} to {wanted.name}')
+    if wanted.may_be(given) or given.may_be(wanted):
+      return self.decide(self.values(gold, answer), 'pounds of money')
     if {wanted.dimensions, given.dimensions} == {(('degrees', 1),), (('radians', 1),)}:
       sides = [_radians(side) if side.unit.is_degree else side for side in (gold, answer)]
       return self.decide(self.values(*sides), 'degrees and radians')
