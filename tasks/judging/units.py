@@ -53,6 +53,7 @@ _REFUSED = {
   'thus', 'factorial', 'divided', 'halved', 'doubled', 'tripled',
 }
 _OWED = {'loss', 'losses', 'debt', 'debts', 'deficit', 'deficits'}  # words that change the sign of an amount of money
+_OF_UNITS = {'per', 'square', 'sq', 'cubic', 'cu', 'squared', 'cubed'}
 # Letters that may be units even without \text.
 SINGLE_LETTERS = {'m', 's', 'g', 'h', 'l', 'L', 'J', 'N', 'W', 'V', 'A', 'K', 'd'}
 MAX_WORDS = 3
@@ -148,13 +149,15 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
     words += _COMBINED.get(word.lower(), word).split()
   dimensions: dict[str, int] = {}
   factor, sign, power, nouns = Fraction(1), 1, 1, 0
-  i, unknown, last = 0, [], None
+  i, unknown, last, where = 0, [], None, False
   while i < len(words):
     word = words[i]
     if word in ('{', '}', '(', ')', r'\cdot', '.'):
       i += 1
       continue
-    if word in ('/', 'per'):
+    if word == 'in' and _is_preposition(words, i):
+      where = True
+    elif word in ('/', 'per'):
       sign = -1
     elif word.lower() in ('square', 'sq', 'cubic', 'cu'):
       power = 2 if word.lower().startswith('sq') else 3
@@ -174,7 +177,7 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
       last, power = (name, sign, entry_power, entry_factor), 1
     elif re.fullmatch("[A-Za-z'-]+", word) and word.lower() not in _REFUSED and number_in_words([word]) in (None, 1):
       nouns += 1
-      if word.lower() not in _EMPTY:
+      if word.lower() not in _EMPTY and not where:
         unknown.append(_singular(word.lower()))
     else:
       return None
@@ -188,6 +191,12 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
   name = ' '.join(token.lstrip("'") for token in tokens)
   unit = Unit(tuple(sorted((n, p) for n, p in dimensions.items() if p)), factor, name)
   return None if unit.is_money and any(word.lower() in _OWED for word in words) else unit
+
+
+def _is_preposition(words: list[str], i: int) -> bool:
+  """Returns True if `words[i]` is 'in' between two words, as in 'apples in total'. Elsewhere it is a unit of length."""
+  before, after = words[i - 1] if i else '', words[i + 1] if i + 1 < len(words) else ''
+  return all(word.replace('-', '').isalpha() and word.lower() not in _OF_UNITS for word in (before, after))
 
 
 def _exponent(words: list[str], i: int) -> tuple[int | None, int]:
