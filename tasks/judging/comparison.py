@@ -153,11 +153,16 @@ class _Comparison(ValueRules):
   # Words, nothing
 
   def _choices(self, gold: Reading, answer: Reading):
-    """Compares the letters of multiple-choice answers, such as C, (C), or (C) 7, if the gold is only a letter."""
-    letter = _choice(gold)
-    if not letter or letter != ''.join(gold.tokens).strip("(').{}") or letter != _choice(answer):
-      return NotImplemented
-    return self.decide(True, 'the same choice')
+    """Compares the letters of multiple-choice answers, such as C, (C), or (C) 7.
+
+    If the letters are the same, and neither gold nor answer is only a letter, other rules compare their values.
+    """
+    letter, other = _choice(gold), _choice(answer)
+    if letter and other and letter != other:
+      return self.decide(False, 'another choice')
+    if letter and letter == other and any(letter == ''.join(side.tokens).strip("(').{}") for side in (gold, answer)):
+      return self.decide(True, 'the same choice')
+    return NotImplemented
 
   def _words(self, gold: Reading, answer: Reading):
     if not isinstance(gold, Words) and not isinstance(answer, Words):
@@ -450,7 +455,7 @@ def _choice(reading: Reading) -> str:
   It isn't if it has another answer too, such as (C) or (D), or if the letter is a variable, as in (N)(N-1) or (C) < 5.
   """
   found = _CHOICE.fullmatch(' '.join(token for token in reading.tokens if token not in ('{', '}')))
-  if found is None or (found[2] and _ANOTHER.search(found[2])):
+  if found is None or (found[2] and _ANOTHER.search(re.sub(rf"'?\b{found[1]}(?= |$)", '', found[2]))):
     return ''
   return found[1] or found[3]
 
