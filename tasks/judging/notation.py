@@ -324,7 +324,7 @@ class _Reader:
 
 def _has_label(tokens: list[str]) -> bool:
   r"""Returns True if the tokens begin with the letter of a choice, as in `\text{(C)} 7`."""
-  return tokens[:1] == ['('] and re.fullmatch("'[A-Z]", tokens[1]) is not None and tokens[2] == ')'
+  return re.fullmatch(r"\( '[A-Z] \)", ' '.join(tokens[:3])) is not None
 
 
 def as_point(reading: Reading) -> Reading:
