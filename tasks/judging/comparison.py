@@ -118,11 +118,17 @@ def _parts(reading: Reading) -> Iterator[Reading]:
       yield from _parts(part)
 
 
-_VALUE = {r'\frac', r'\sqrt', r'\pi', r'\dollar'}  # commands that may begin the value of a choice
 # These match tokens with a space between two. A letter in \text is a word, so it begins with a quote.
-_CHOICE = re.compile(r"\( ('?[A-Z]) \) ?(.*)|('?[A-Z])")
-_ANOTHER = re.compile(r"(?:^|\( |[,;/=|] |'or |'and )'?[A-Z](?: \)| [,;/=|]| 'or| 'and|$)|(?:^| )'?[A-Z] \.|"
-                      r"^(?:'or|'and|[,;/=|]) ")
+_CHOICE = re.compile(r"\( '([A-Z]) \) (.+)|(?:\( )?'?([A-Z])(?: \))?")
+# Another letter that may be a choice. A is also an article, I is also a Roman numeral, and 7 N is a force.
+_LETTER = r"'?(?:(?!A '(?!is|or|and|was))[A-HJ-Z])(?= [])},;:/=|.]| '|$)"
+_ANOTHER = re.compile('|'.join((
+  rf"(?:^|(?:[\[(,;:/=|.]|\\to|\\Rightarrow|'\S+) ){_LETTER}",  # C) D, (C) not D
+  rf"\d (?!'?[JKLNVW]\b){_LETTER}",  # (C) 7 B
+  r"(?:^| )'?[A-Z] \.|\( '?[A-Z] \)",  # C. 7 D. 8
+  r"'(?i:but|actually|wait|wrong|incorrect)\b",
+  r"^'(?i:or|and|is)\b|^[,;/=] ",
+)))
 
 
 class _Comparison(ValueRules):
@@ -147,11 +153,16 @@ class _Comparison(ValueRules):
   # Words, nothing
 
   def _choices(self, gold: Reading, answer: Reading):
-    """Compares the letters of multiple-choice answers, such as C, (C), or (C) 7, if the gold is only a letter."""
-    letter = _choice(gold)
-    if not letter or letter != ''.join(gold.tokens).strip("(').{}") or letter != _choice(answer):
-      return NotImplemented
-    return self.decide(True, 'the same choice')
+    """Compares the letters of multiple-choice answers, such as C, (C), or (C) 7.
+
+    If the letters are the same, and neither gold nor answer is only a letter, other rules compare their values.
+    """
+    letter, other = _choice(gold), _choice(answer)
+    if letter and other and letter != other:
+      return self.decide(False, 'another choice')
+    if letter and letter == other and any(letter == ''.join(side.tokens).strip("(').{}") for side in (gold, answer)):
+      return self.decide(True, 'the same choice')
+    return NotImplemented
 
   def _words(self, gold: Reading, answer: Reading):
     if not isinstance(gold, Words) and not isinstance(answer, Words):
@@ -441,15 +452,12 @@ def _all(verdicts: Sequence[bool | None]) -> bool | None:
 def _choice(reading: Reading) -> str:
   """Returns the letter of a multiple-choice answer such as C, (C), or (C) 5; '' if the answer isn't multiple choice.
 
-  It isn't if it has another answer too, such as (C) or (D), or if the letter is a variable, as in (N)(N-1) or (N) < 5.
+  It isn't if it has another answer too, such as (C) or (D), or if the letter is a variable, as in (N)(N-1) or (C) < 5.
   """
   found = _CHOICE.fullmatch(' '.join(token for token in reading.tokens if token not in ('{', '}')))
-  if found is None or (found[2] and _ANOTHER.search(found[2])):
+  if found is None or (found[2] and _ANOTHER.search(re.sub(rf"'?\b{found[1]}(?= |$)", '', found[2]))):
     return ''
-  letter, rest = found[1] or found[3], (found[2] or '').split()
-  if rest and letter[0] != "'" and (letter in rest or not (re.match("[A-Za-z0-9'.]", rest[0]) or rest[0] in _VALUE)):
-    return ''
-  return letter.lstrip("'")
+  return found[1] or found[3]
 
 
 def _is_time(reading: Ratio) -> bool:

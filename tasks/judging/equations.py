@@ -19,7 +19,7 @@ class Claim:
   r"""The name and the values in a chain of equations. For example, x = 1/3 \approx 0.333 has the name x and two values.
 
   name: the name, or None if no side of the chain is a name.
-  values: the exact value and, if the chain has one, its approximation.
+  values: the exact value and, if the chain has one, its first approximation.
   """
 
   name: Name | None
@@ -30,8 +30,8 @@ def claim(reading: Reading) -> Claim | None:
   r"""Returns the name and the values in an equation or a chain of equations.
 
   Examples are `x = 3`, `3 = x`, `x = 1 + 2 = 3`, `1/3 \approx 0.333` and `x \in \{1, 2\}`. Returns None for other
-  readings (parsed answers), for chains whose values differ, such as `x = 8 = 7`, and for chains with several
-  approximations, because each would be one more guess.
+  readings (parsed answers), and for chains whose values differ, such as `x = 8 = 7`. Only the first of several
+  approximations is a value of the claim, because each of them would be one more guess.
   """
   if not isinstance(reading, Relation) or None in reading.sides:
     return None
@@ -39,7 +39,7 @@ def claim(reading: Reading) -> Claim | None:
   name = name_of(sides[0])
   if operators == [r'\in'] and isinstance(sides[1], Many):
     return Claim(name, (sides[1],)) if name else None
-  if not set(operators) <= _EQUALS or operators.count(r'\approx') > 1:
+  if not set(operators) <= _EQUALS:
     return None
   if len(sides) == 2 and isinstance(sides[0], Many) and isinstance(sides[1], Many) and sides[0].kind == 'pair':
     return Claim(Name(''.join(sides[0].tokens)), (sides[1],))  # (x, y) = (1, 2)
@@ -51,7 +51,7 @@ def claim(reading: Reading) -> Claim | None:
   for operator, side in zip(operators, sides[1:]):
     if not _agrees(found[0], side, rounded=operator == r'\approx'):
       return None
-    if operator == r'\approx':
+    if operator == r'\approx' and len(found) == 1:
       found.append(side)
   return Claim(name, tuple(found))
 

@@ -76,7 +76,7 @@ _BARE = {
 _WORDS = {
   'or', 'and', 'no', 'No', 'is', 'not', 'are', 'for', 'the', 'The', 'all', 'any', 'yes', 'Yes', 'one', 'two', 'six',
   'ten', 'odd', 'DNE', 'min', 'max', 'mph', 'MPH', 'kph', 'day', 'kHz', 'MHz', 'mol', 'keV', 'MeV', 'kPa', 'rad', 'deg',
-  'usd', 'USD', 'pct', 'per',
+  'usd', 'USD', 'pct', 'per', 'but',
 }
 # _UNITS are words only after a number, _NOUNS only after a number and a space, and _PROSE only among other words.
 # Elsewhere their letters are variables: 3 cup is a quantity, 3 abc is a product.
@@ -117,7 +117,13 @@ _SUPERSCRIPTS = str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹⁻', '0123456789-')
 _RAISED = re.compile('[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+')
 # In 5 m or 5 m/s, these letters at the end are a unit; 5m is a product.
 _LAST_UNIT = re.compile(r'(?<=\d)(?:\s|~|\\[,;: ])+(m/s|[msgLJNWVK])(?=[\s.$]*$)')
-_LABEL = re.compile(r'\A\s*([A-Z])[.)]\s+(?=\S)')  # C) 7 or C. 7 is the choice (C) 7
+# The choice (C) in C) 7, C. 7, **C.** 7, \textbf{C.} 7 or (C) 7. In (C)x, (C) + 1 and (N) 2, the letter is a variable.
+_LABEL = re.compile(r"""
+  \A((?:[A-Za-z ]{0,80}\b(?:is|answer|option|choice):?\s{1,9})?(?:\*\*)?)
+  (?:([A-Z])(?:\)\s*\Z|[.)]\s+(?=\S))
+  |(?:\*\*|\\textbf\{)([A-Z])[.)]\s*(?:\*\*|\})
+  |\(([A-J])\)(?:\s|~|\\[,;:!\ ])+(?![\s~+*/^_<>!=,;]|\\[,;:!\ ]|-\s|(?:or|and)\b
+    |\\(?:cdot|times|div|leq?|geq?|neq?|pm|mp|cup|cap|in|to|approx)\b))""", re.VERBOSE)
 _LEADING_DOLLAR = re.compile(r'\s*-?\s*\$\s*[\d.]')
 
 
@@ -144,7 +150,7 @@ def tokenize(text: str) -> list[str]:
   text = text.replace(r'\$', r'\dollar ')
   if text.count('$') % 2 and _LEADING_DOLLAR.match(text):  # $5 is money, $5$ is mathematics
     text = text.replace('$', r'\dollar ', 1)
-  text = _TIMES_TEN.sub(r'\\times ', _LABEL.sub(r'(\1) ', text.replace('$', ' ')))
+  text = _TIMES_TEN.sub(r'\\times ', _LABEL.sub(r'\1\\text{(\2\3\4)} ', text.replace('$', ' ').strip()))
   tokens: list[str] = []
   _scan(text, tokens, in_text=False)
   _match_brackets(tokens)

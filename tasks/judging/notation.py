@@ -7,6 +7,7 @@ Brackets decide first: `(1,234)` is a pair, never a number. `read` raises Unread
 a known kind. Nothing is evaluated.
 """
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -82,12 +83,25 @@ class _Reader:
     tokens = trim(tokens)
     if not tokens:
       raise Unreadable('there is nothing to read')
+    if _has_label(tokens) and len(tokens) > 3:
+      return self._labelled(tokens)
     for form in (self._words, self._family, self._several, self._relation, self._union, self._bracketed, self._matrix,
                  self._residue, self._in_base, self._clock, self._ratio, self._plus_minus):
       reading = form(tokens)
       if reading is not None:
         return reading
     return self._value(tokens)
+
+  def _labelled(self, tokens: list[str]) -> Reading:
+    r"""Reads the answer after the letter of a choice, as in `\text{(C)} 7`. A second letter, as in C) D, is none."""
+    rest = tokens[3:]
+    try:
+      found = None if _has_label(rest) or rest[0] in ("'or", "'and", ',', ';') else self.read(rest)
+    except Unreadable:
+      found = None
+    if found is None or re.fullmatch("'?[A-Z]", ''.join(found.tokens).strip('{}()[].')):
+      return Words(tuple(tokens))
+    return dataclasses.replace(found, tokens=tuple(tokens))
 
   def _words(self, tokens: list[str]) -> Reading | None:
     if wording.names_empty_set(tokens):
@@ -298,17 +312,19 @@ class _Reader:
       zeros = str(wording.POWERS_OF_TEN[tokens[scale].lower()])
       tokens = [*tokens[:scale], r'\cdot', '10', '^', zeros, *tokens[scale + 1:]]
     body, unit = split_unit(tokens, self._bare_units)
-    if body[:1] == ['('] and len(body) > 3 and is_word(body[1]) and len(body[1]) == 2 and body[2] == ')':
-      body = body[3:]  # \text{(C) } 7
     try:
       return Value(tuple(tokens), expressions.parse(trim(body)), unit)
     except Unsupported:
       return Value(tuple(tokens), None, unit)
     except Unreadable:
-      choice = tokens[:1] == ['('] and tokens[1].isupper() and tokens[2:3] == [')']  # (C) $7
-      if choice or any(is_word(t) for t in tokens):
+      if any(is_word(t) for t in tokens):
         return Words(tuple(tokens))
       raise
+
+
+def _has_label(tokens: list[str]) -> bool:
+  r"""Returns True if the tokens begin with the letter of a choice, as in `\text{(C)} 7`."""
+  return re.fullmatch(r"\( '[A-Z] \)", ' '.join(tokens[:3])) is not None
 
 
 def as_point(reading: Reading) -> Reading:

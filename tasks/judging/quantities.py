@@ -9,7 +9,7 @@ from betarank.tasks.judging.units import Unit
 _DEGREES = (['^', '{', r'\circ', '}'], ['^', r'\circ'], [r'\degree'], ['^', '{', r'\degree', '}'])
 _IN_DEGREES = (*_DEGREES, ["'degrees"], ["'degree"])  # before the scale of a temperature
 _SCALES = {'C': 'celsius', 'F': 'fahrenheit', 'celsius': 'celsius', 'fahrenheit': 'fahrenheit'}
-_MONEY = {r'\dollar': "'dollar", r'\euro': "'euro", r'\pound': "'pound"}
+_MONEY = {r'\dollar': "'dollar", r'\euro': "'euro", r'\pound': "'sterling"}
 _OF_ANGLES = {r'\sin', r'\cos', r'\tan', r'\cot', r'\sec', r'\csc'}
 _WITHIN_UNITS = {'^', '{', '}', '/', r'\cdot', '-', '(', ')', '.', r'\mu', r'\sec', r'\min', '1', '2', '3'}
 
@@ -53,7 +53,8 @@ def _amount(tokens: list[str]) -> tuple[list[str], Unit | None]:
   if symbol is None or not _is_whole(number):
     return tokens, None
   money, noun = units.read([_MONEY[symbol]]), units.read(rest[:1])
-  unit = units.read([_MONEY[symbol], *rest[1 if noun and noun[:2] == money[:2] else 0:]])
+  repeated = noun is not None and (noun[:2] == money[:2] or money.may_be(noun))
+  unit = units.read([_MONEY[symbol], *rest[repeated:]])
   if unit is None:  # because of a word such as 'more'
     number = tokens
   return [t for t in number if t != symbol], unit

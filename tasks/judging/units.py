@@ -24,7 +24,8 @@ _BASE = {
   'ton': ('tons', 1, 'ton'), 'litre': ('length3', Fraction(1, 1000), 'l L liter litre'),
   'gallon': ('gallons', 1, 'gal gallon'), 'hectare': ('length2', 10000, 'ha hectare'), 'acre': ('acres', 1, 'acre'),
   'dollar': ('dollars', 1, 'dollar usd'), 'cent': ('dollars', Fraction(1, 100), 'cent penny pennie'),
-  'euro': ('euros', 1, 'euro eur'), 'degree': ('degrees', 1, 'degree deg'), 'radian': ('radians', 1, 'rad radian'),
+  'euro': ('euros', 1, 'euro eur'), 'sterling': ('sterling', 1, 'sterling'),
+  'degree': ('degrees', 1, 'degree deg'), 'radian': ('radians', 1, 'rad radian'),
   'kelvin': ('kelvins', 1, 'K kelvin'), 'celsius': ('celsius', 1, 'celsius'),
   'fahrenheit': ('fahrenheit', 1, 'fahrenheit'), 'newton': ('force', 1, 'N newton'), 'joule': ('energy', 1, 'J joule'),
   'electronvolt': ('electronvolts', 1, 'eV electronvolt'), 'watt': ('power', 1, 'W watt'),
@@ -32,6 +33,9 @@ _BASE = {
   'ohm': ('resistance', 1, 'ohm'), 'hertz': ('frequency', 1, 'Hz hertz'), 'mole': ('moles', 1, 'mol mole'),
   'erg': ('energy', Fraction(1, 10**7), 'erg'), 'dyne': ('force', Fraction(1, 10**5), 'dyne dyn'),
   'percent': ('percent', 1, 'percent percentage pct'), 'bit': ('bits', 1, 'bit'), 'byte': ('bits', 8, 'byte'),
+  'dozen': ('count', 12, 'dozen'), 'half': ('count', Fraction(1, 2), 'half halve'),
+  **{name: ('count', Fraction(1, i), name) for i, name in enumerate((
+    'third', 'fourth', 'fifth', 'sixth', 'seventh', 'eighth', 'ninth', 'tenth'), 3)},
 }
 _PREFIXES = {'k': 3, 'M': 6, 'G': 9, 'c': -2, 'm': -3, 'd': -1, 'n': -9, 'p': -12, 'mu': -6, 'u': -6}
 _LONG_PREFIXES = {'kilo': 3, 'mega': 6, 'giga': 9, 'centi': -2, 'milli': -3, 'deci': -1, 'nano': -9, 'micro': -6}
@@ -46,8 +50,10 @@ _REFUSED = {
   'when', 'but', 'except', 'where', 'for', 'with', 'about', 'approximately', 'then', 'incorrect', 'plus', 'minus',
   'times', 'from', 'to', 'between', 'mod', 'base', 'squared', 'i', 'we', 'it', 'they', 'cannot', 'never', 'maybe',
   'otherwise', 'over', 'under', 'up', 'down', 'answer', 'both', 'either', 'neither', 'nor', 'because', 'since', 'so',
-  'thus', 'loss', 'losses', 'debt', 'deficit', 'factorial', 'divided',
+  'thus', 'factorial', 'divided', 'halved', 'doubled', 'tripled',
 }
+_OWED = {'loss', 'losses', 'debt', 'debts', 'deficit', 'deficits'}  # words that change the sign of an amount of money
+_OF_UNITS = {'per', 'square', 'sq', 'cubic', 'cu', 'squared', 'cubed'}
 # Letters that may be units even without \text.
 SINGLE_LETTERS = {'m', 's', 'g', 'h', 'l', 'L', 'J', 'N', 'W', 'V', 'A', 'K', 'd'}
 MAX_WORDS = 3
@@ -75,8 +81,22 @@ class Unit(NamedTuple):
     return self.dimensions == (('degrees', 1),)
 
   @property
+  def is_count(self) -> bool:
+    """True for words such as dozen or thirds, which say how large a number is."""
+    return self.dimensions == (('count', 1),)
+
+  @property
   def is_money(self) -> bool:
-    return self.dimensions in ((('dollars', 1),), (('euros', 1),))
+    return self.dimensions in ((('dollars', 1),), (('euros', 1),), (('sterling', 1),))
+
+  def may_be(self, other: 'Unit') -> bool:
+    """Returns True if this is the sign £ and the other unit is the word pound, which is money or a weight.
+
+    Both may have the same units after it, as in '£5 per week'.
+    """
+    differ = set(self.dimensions) - set(other.dimensions), set(other.dimensions) - set(self.dimensions)
+    return differ == ({('sterling', 1)}, {('mass', 1)}) and self.factor * _TABLE['pound'][2] == other.factor and (
+      other.name.lower().startswith('pound'))
 
   @property
   def is_generic(self) -> bool:
@@ -129,13 +149,15 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
     words += _COMBINED.get(word.lower(), word).split()
   dimensions: dict[str, int] = {}
   factor, sign, power, nouns = Fraction(1), 1, 1, 0
-  i, unknown, last = 0, [], None
+  i, unknown, last, where = 0, [], None, False
   while i < len(words):
     word = words[i]
     if word in ('{', '}', '(', ')', r'\cdot', '.'):
       i += 1
       continue
-    if word in ('/', 'per'):
+    if word == 'in' and _is_preposition(words, i):
+      where = True
+    elif word in ('/', 'per'):
       sign = -1
     elif word.lower() in ('square', 'sq', 'cubic', 'cu'):
       power = 2 if word.lower().startswith('sq') else 3
@@ -155,7 +177,7 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
       last, power = (name, sign, entry_power, entry_factor), 1
     elif re.fullmatch("[A-Za-z'-]+", word) and word.lower() not in _REFUSED and number_in_words([word]) in (None, 1):
       nouns += 1
-      if word.lower() not in _EMPTY:
+      if word.lower() not in _EMPTY and not where:
         unknown.append(_singular(word.lower()))
     else:
       return None
@@ -167,7 +189,14 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
   if not words:
     return None
   name = ' '.join(token.lstrip("'") for token in tokens)
-  return Unit(tuple(sorted((n, p) for n, p in dimensions.items() if p)), factor, name)
+  unit = Unit(tuple(sorted((n, p) for n, p in dimensions.items() if p)), factor, name)
+  return None if unit.is_money and any(word.lower() in _OWED for word in words) else unit
+
+
+def _is_preposition(words: list[str], i: int) -> bool:
+  """Returns True if `words[i]` is 'in' between two words, as in 'apples in total'. Elsewhere it is a unit of length."""
+  before, after = words[i - 1] if i else '', words[i + 1] if i + 1 < len(words) else ''
+  return all(word.replace('-', '').isalpha() and word.lower() not in _OF_UNITS for word in (before, after))
 
 
 def _exponent(words: list[str], i: int) -> tuple[int | None, int]:

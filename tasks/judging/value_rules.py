@@ -52,6 +52,8 @@ class ValueRules:
       same = self.values(_scaled(gold, wanted.factor / given.factor), answer)
       return self.decide(same, f'{self.rule}, in the same unit' if wanted.factor == given.factor else
                           f'{self.rule}, converted from {given.name} to {wanted.name}')
+    if wanted.may_be(given) or given.may_be(wanted):
+      return self.decide(self.values(gold, answer), 'pounds of money')
     if {wanted.dimensions, given.dimensions} == {(('degrees', 1),), (('radians', 1),)}:
       sides = [_radians(side) if side.unit.is_degree else side for side in (gold, answer)]
       return self.decide(self.values(*sides), 'degrees and radians')
@@ -64,6 +66,8 @@ class ValueRules:
       return self.decide(True, 'the unit of the gold left out')
     if gold.unit.is_percent:
       return self.decide(self.values(_scaled(gold, _PERCENT), answer), 'a percentage as a number')
+    if gold.unit.is_count:
+      return self.decide(self.values(_scaled(gold, gold.unit.factor), answer), 'dozens or parts as a number')
     if gold.unit.is_degree:
       return self.decide(self.values(_radians(gold), answer), 'degrees as radians')
     return self.decide(False, 'another number')
@@ -73,6 +77,8 @@ class ValueRules:
       if self.values(gold, _scaled(answer, _PERCENT)):
         return self.decide(True, 'a percentage for the number')
       return self.decide(self.values(gold, answer), 'a percentage whose sign the gold leaves out')
+    if answer.unit.is_count:
+      return self.decide(self.values(gold, _scaled(answer, answer.unit.factor)), 'dozens or parts for the number')
     if answer.unit.is_degree and gold.node is not None and any(
         n == Node('constant', ('pi',)) for n in expressions.walk(gold.node)):
       return self.decide(self.values(gold, _radians(answer)), 'degrees for radians')

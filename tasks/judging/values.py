@@ -21,7 +21,8 @@ _MAX_BITS = 2**18  # the largest size of an exact number
 _MAX_EXPONENT = 10**6
 _MAX_FACTORIAL = 3000  # larger factorials are computed approximately
 _INTEGER_LETTERS = set('nmkpqjlNMK')
-_PIECEWISE = {'abs', 'floor', 'ceil', 'max', 'min'}  # functions that are simple between the places where they change
+# Functions with several cases: near 0 they can equal a simpler one.
+_PIECEWISE = {'abs', 'floor', 'ceil', 'max', 'min'}
 _GROWING = {'exp', 'factorial', 'binomial', 'sinh', 'cosh'}
 # From so many digits on, a decimal in the gold stands for all numbers that round to it, and one in the answer for all
 # numbers that it is close to.
@@ -372,8 +373,8 @@ def near(gold: Node, answer: Node) -> bool:
 def rounds(value: Node, stated: Node) -> bool:
   """Returns whether `stated` is an integer or a decimal, and is `value` rounded to as many digits as `stated` has.
 
-  An integer is rounded only to a decimal of two or more digits, such as 1.2e3 for 1234. Otherwise it is exact: 8 isn't
-  7 rounded.
+  A decimal of two or more digits may also be cut off: 0.66 for 2/3. An integer is rounded only to such a decimal, such
+  as 1.2e3 for 1234. Otherwise it is exact: 8 isn't 7 rounded.
   """
   written, digits = exact(stated), precision(stated)
   if symbols(value) or not written:
@@ -385,7 +386,12 @@ def rounds(value: Node, stated: Node) -> bool:
       return False
     places = int(mp.floor(mp.log10(abs(s)) + mp.mpf(10) ** -30)) - digits + 1 if digits else 0
     unit = Fraction(10) ** places
-    return (written / unit).denominator == 1 and abs(v - s) <= _number(unit / 2)
+    left = mp.re(v - s) * mp.sign(s) / _number(unit)  # what `stated` leaves out, in units of its last digit
+    tiny = mp.mpf(10) ** -30
+    if abs(mp.im(v)) > tiny:
+      return False
+    cut_off = (digits or 0) >= 2 and 0 <= left < 1 - tiny
+    return (written / unit).denominator == 1 and (abs(left) <= mp.mpf(1) / 2 + tiny or cut_off)
 
 
 def _terminates(node: Node) -> bool:

@@ -45,7 +45,9 @@ _SMALL = {word: i for i, word in enumerate((
   'fourteen', 'fifteen', 'sixteen', 'seventeen', 'eighteen', 'nineteen'))}
 _TENS = {'twenty': 20, 'thirty': 30, 'forty': 40, 'fifty': 50, 'sixty': 60, 'seventy': 70, 'eighty': 80, 'ninety': 90}
 _SCALES = {'thousand': 10**3, 'million': 10**6, 'billion': 10**9, 'trillion': 10**12}
-POWERS_OF_TEN = {"'hundred": 2, "'thousand": 3, "'million": 6, "'billion": 9, "'trillion": 12}  # 1.5 million
+# These words after a number are a factor, as in 1.5 million.
+POWERS_OF_TEN = {"'tens": 1, "'hundred": 2, "'thousand": 3, "'million": 6, "'billion": 9, "'trillion": 12,
+                 "'hundreds": 2, "'thousands": 3, "'millions": 6, "'billions": 9, "'trillions": 12}
 
 
 def number_in_words(words: list[str]) -> int | None:
