@@ -78,7 +78,7 @@ class Cloud:
     self.wait_until(path.exists, f'{path} never came')
 
   def wait_until(self, holds, otherwise):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not holds():
       assert time.monotonic() < deadline, otherwise
       time.sleep(0.05)
