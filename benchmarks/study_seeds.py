@@ -68,8 +68,8 @@ def compared(figures: Figures, baseline: str) -> list[Comparison]:
       if arm != baseline and both:
         c.differences = {seed: mine[seed][1] - theirs[seed][1] for seed in both}
         c.theirs = {seed: theirs[seed][0] for seed in both}
-        c.difference = over_seeds(list(c.differences.values()))
-        c.difference_noise = noise(np.array(list(c.differences.values()))[:, None])
+        values = list(c.differences.values())
+        c.difference, c.difference_noise = over_seeds(values), noise(np.array(values)[:, None])
       out.append(c)
   return out
 

@@ -30,7 +30,7 @@ class Workload:
 
   @property
   def keeps_reference(self) -> bool:
-    """Whether the run keeps a second copy of the parameters in memory: the reference of RL's KL term."""
+    """True if RL has a KL term. Its reference is a second copy of the parameters, which stays in memory."""
     return bool(self.rl and self.rl.loss.kl_weight)
 
   def microbatch(self, mesh_shape: Mapping[str, int]) -> tuple[int, int]:
