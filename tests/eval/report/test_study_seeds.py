@@ -105,4 +105,4 @@ def test_a_seed_counts_once(tmp_path, monkeypatch, capsys):
     study_seeds.main()
   monkeypatch.setattr(sys, 'argv', ['study_seeds', '--pool', *files])
   study_seeds.main()
-  assert '| 12 |' in capsys.readouterr().out
+  assert '| 14 |' in capsys.readouterr().out
