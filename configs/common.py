@@ -22,8 +22,8 @@ def base() -> ConfigDict:
 def rl_base() -> ConfigDict:
   """Returns an RL config with the paper's recipe: on-policy GRPO, clip-higher, dynamic sampling, no KL term.
 
-  Values that the paper doesn't specify are those of DAPO. The config has no section `model`. Unless the caller adds
-  this section, a run uses the model of the checkpoint that it starts from.
+  Where the paper doesn't specify a value, it is a usual one, in most cases DAPO's. The config has no section `model`.
+  Unless the caller adds this section, a run uses the model of the checkpoint that it starts from.
   """
   values = settings.defaults(settings.RL)
   del values['model']

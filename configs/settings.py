@@ -141,7 +141,7 @@ MESH = dict(
   data=S(1, EXECUTION, 'devices that hold copies of the model, each with its own rows; -1: all that remain'),
   fsdp=S(-1, EXECUTION, 'devices that split weights and rows; -1: all that remain'),
   expert=S(1, EXECUTION, 'devices that split the experts'),
-  context=S(1, EXECUTION, 'devices that split the sequence; divides data.sequence_length'),
+  context=S(1, EXECUTION, 'devices that split the sequence; data.sequence_length must be a multiple of it'),
   tensor=S(1, EXECUTION, 'devices that split heads, hidden width and vocabulary'),
 )
 
@@ -187,8 +187,9 @@ LOG = dict(
   tensorboard=S(True, REPORTING, 'write TensorBoard event files to WORKDIR/tensorboard'),
   wandb=S('', REPORTING, "project of Weights & Biases to send the figures to (pip install 'betarank[wandb]'); empty: "
           'none'),
-  head_tail_mass=S(True, REPORTING, "log head and tail mass at every step; false skips their top-k (5 to 7 % of a "
-                   "large model's step on TPU and GPU) unless a lambda needs it. Validation always logs them"),
+  head_tail_mass=S(True, REPORTING, 'log head and tail mass at every step; false skips their top-k (about 4 % of the '
+                   'step of a 1B model on a GPU, docs/performance.md) unless a lambda needs it. Validation always logs '
+                   'them'),
   profile_steps=S('', REPORTING, 'FIRST-LAST: steps of which a profile is written to WORKDIR/profile (TensorBoard, '
                   'xprof); empty: none'),
 )
@@ -258,7 +259,7 @@ RL_SECTION = dict(
     positive_weight=S(0.1, IDENTITY, 'w_reinforce only: weight of right answers'),
   ),
   loss=dict(
-    name=S('clip_higher', IDENTITY, 'policy loss: clip_higher | cispo | gspo | ...; see docs/rl.md'),
+    name=S('clip_higher', IDENTITY, 'policy loss: clip_higher | cispo | gspo'),
     eps_low=S(0.2, IDENTITY, 'the ratio is clipped below 1 - eps_low; published: gspo 3e-4, cispo 1 (no limit)'),
     eps_high=S(0.28, IDENTITY, 'the ratio is clipped above 1 + eps_high; published: gspo 4e-4, cispo 4'),
     dual_clip=S(0.0, IDENTITY, 'clip_higher only: largest ratio that counts where the advantage is negative (dual '

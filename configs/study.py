@@ -1,4 +1,4 @@
-"""Study: does a sharper objective give RL a better start? Five objectives with many seeds, text and reasoning, then RL.
+"""Study: does a sharper objective give RL a better start? Five objectives, up to ten seeds, then RL.
 
     python -m betarank.data.installed --out=runs/study/corpus.jsonl                 # the text: what is installed here
     betarank sweep --config=configs/study.py --root=runs/study                      # everything, on one GPU
@@ -10,8 +10,8 @@ on mostly problems while the learning rate falls, and then trained with RL. Samp
 and after RL. docs/study.md has the design, written before the runs, and the schedule.
 
 Arguments: size=10m (also 20m, 64m, and toy for CPUs), seeds=10, first_seed=N, lr=X (the learning rate of pre-training),
-level=3 (also 1 and 2: how hard RL's problems are), rl_steps=N, text=URI (another corpus), arms=paper (also beta, family
-and change: the sets of arms, joined by +, as in arms=beta+family).
+level=3 (how hard RL's problems are: also 1 and 2, and 0, which is the toy's), rl_steps=N, text=URI (another corpus),
+arms=paper (also beta, family and change: the sets of arms, joined by +, as in arms=beta+family).
 """
 
 from types import SimpleNamespace

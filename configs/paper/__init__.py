@@ -62,7 +62,7 @@ def base(a) -> ConfigDict:
 
 
 def _pretrain(c):
-  """Sets the values of pre-training: 500B tokens in batches of 16M, which makes 31 thousand steps.
+  """Sets the values of pre-training: 500B tokens in batches of 16.8M, which makes 29,803 steps.
 
   The learning rate is constant after the warm-up; it decays only in mid-training.
   """

@@ -1,4 +1,4 @@
-"""MoE 5B-A0.3B (4.80B parameters, 0.26B active without the embedding).
+"""MoE 5B-A0.3B (4.80B parameters, 0.26B active without the embedding): pre-training only.
 
     betarank plan --config=configs/paper/moe_5b_a0p3b.py --topology=v5p-256 --usd_per_chip_hour=PRICE
     betarank data prepare --config=configs/paper/moe_5b_a0p3b.py
