@@ -48,7 +48,9 @@ class JailConfig:
   Attributes:
     workers: the number of programs that run at the same time.
     cpu_s: the CPU seconds that each process of a program may use.
-    deadline_s: the wall-clock seconds that a program may take, including the creation of the jail.
+    deadline_s: the wall-clock seconds that a program may take, including the creation of the jail. A program that
+      reaches the deadline is undecided, because the machine may be busy. Use several times cpu_s, so that a program
+      that computes forever reaches cpu_s first, and is wrong.
     memory_mb: the address space in MB that each process of a program may use.
     processes: the number of processes and threads that a program may have at the same time.
     accept_no_isolation: whether to run programs without a jail if the kernel can't isolate them. Only the limits above
@@ -74,11 +76,12 @@ class JailConfig:
 class Outcome(NamedTuple):
   """The result of a program.
 
-  passed: whether the program ran to its end.
+  passed: whether the program ran to its end. None if it was still running at the deadline, because this depends on how
+    busy the machine is.
   why: '' if the program ran to its end. Otherwise 'deadline', or the last line that the program printed.
   """
 
-  passed: bool
+  passed: bool | None
   why: str
 
 
@@ -141,8 +144,10 @@ class Jail:
       said = reports.read(64) or b''
       printed.seek(-min(_SHOWN, printed.seek(0, os.SEEK_END)), os.SEEK_END)
       tail = printed.read().decode(errors='replace').strip().rpartition('\n')[2]
+    if said == _READY + token:
+      return Outcome(True, '')
     if said.startswith(_READY):
-      return Outcome(True, '') if said == _READY + token else Outcome(False, 'deadline' if late else tail)
+      return Outcome(None, 'deadline') if late else Outcome(False, tail)
     raise JailError('this system offers no isolation for programs '
                     f'({"the jail was not ready in time" if late else tail})')
 
