@@ -14,7 +14,8 @@ After the last line of a program, the jail's code sends back a token, which show
 Besides the token, only the last part of the program's output is read, and it is never parsed.
 
 A jail protects the machine, not the tests. Tests and program share an interpreter, so a program can be written to
-deceive the tests, as in any harness of this kind. The kernel itself isn't protected either: there is no seccomp filter.
+deceive the tests, as in any harness of this kind. The kernel itself isn't protected either: a seccomp filter denies
+only the calls that reach what namespaces and limits don't cover (`forbid_calls` in code_jail_worker.py).
 """
 
 import dataclasses
@@ -52,9 +53,10 @@ class JailConfig:
       reaches the deadline is undecided, because the machine may be busy. Use several times cpu_s, so that a program
       that computes forever reaches cpu_s first, and is wrong.
     memory_mb: the address space in MB that each process of a program may use.
-    processes: the number of processes and threads that a program may have at the same time.
+    processes: the number of processes and threads that a program may have at the same time. Without a jail, the kernel
+      counts all processes and threads of the user, so a program usually can't start any; for root, it doesn't count.
     accept_no_isolation: whether to run programs without a jail if the kernel can't isolate them. Only the limits above
-      protect the machine then.
+      protect the machine then, and root can lift them.
   """
 
   workers: int = 2
@@ -111,7 +113,8 @@ class Jail:
                         'or let programs that a model wrote act as you, '
                         f'--{section}.accept_no_isolation=true') from None
       print(f'WARNING: {error}. Programs that the model wrote now run AS YOU, with your files and your network, under '
-            'limits on time and memory alone.', file=sys.stderr, flush=True)
+            f'limits on time and memory alone{", which root can lift" if os.geteuid() == 0 else ""}.', file=sys.stderr,
+            flush=True)
       self.isolated = False
       outcome = self.run('pass')
     if not outcome.passed:
