@@ -14,7 +14,8 @@ After the last line of a program, the jail's code sends back a token, which show
 Besides the token, only the last part of the program's output is read, and it is never parsed.
 
 A jail protects the machine, not the tests. Tests and program share an interpreter, so a program can be written to
-deceive the tests, as in any harness of this kind. The kernel itself isn't protected either: there is no seccomp filter.
+deceive the tests, as in any harness of this kind. The kernel itself isn't protected either: a seccomp filter denies
+only the calls that reach what namespaces and limits don't cover (`forbid_calls` in code_jail_worker.py).
 """
 
 import dataclasses
@@ -48,11 +49,14 @@ class JailConfig:
   Attributes:
     workers: the number of programs that run at the same time.
     cpu_s: the CPU seconds that each process of a program may use.
-    deadline_s: the wall-clock seconds that a program may take, including the creation of the jail.
+    deadline_s: the wall-clock seconds that a program may take, including the creation of the jail. A program that
+      reaches the deadline is undecided, because the machine may be busy. Use several times cpu_s, so that a program
+      that computes forever reaches cpu_s first, and is wrong.
     memory_mb: the address space in MB that each process of a program may use.
-    processes: the number of processes and threads that a program may have at the same time.
+    processes: the number of processes and threads that a program may have at the same time. Without a jail, the kernel
+      counts all processes and threads of the user, so a program usually can't start any; for root, it doesn't count.
     accept_no_isolation: whether to run programs without a jail if the kernel can't isolate them. Only the limits above
-      protect the machine then.
+      protect the machine then, and root can lift them.
   """
 
   workers: int = 2
@@ -74,11 +78,12 @@ class JailConfig:
 class Outcome(NamedTuple):
   """The result of a program.
 
-  passed: whether the program ran to its end.
+  passed: whether the program ran to its end. None if it was still running at the deadline, because this depends on how
+    busy the machine is.
   why: '' if the program ran to its end. Otherwise 'deadline', or the last line that the program printed.
   """
 
-  passed: bool
+  passed: bool | None
   why: str
 
 
@@ -108,7 +113,8 @@ class Jail:
                         'or let programs that a model wrote act as you, '
                         f'--{section}.accept_no_isolation=true') from None
       print(f'WARNING: {error}. Programs that the model wrote now run AS YOU, with your files and your network, under '
-            'limits on time and memory alone.', file=sys.stderr, flush=True)
+            f'limits on time and memory alone{", which root can lift" if os.geteuid() == 0 else ""}.', file=sys.stderr,
+            flush=True)
       self.isolated = False
       outcome = self.run('pass')
     if not outcome.passed:
@@ -141,8 +147,10 @@ class Jail:
       said = reports.read(64) or b''
       printed.seek(-min(_SHOWN, printed.seek(0, os.SEEK_END)), os.SEEK_END)
       tail = printed.read().decode(errors='replace').strip().rpartition('\n')[2]
+    if said == _READY + token:
+      return Outcome(True, '')
     if said.startswith(_READY):
-      return Outcome(True, '') if said == _READY + token else Outcome(False, 'deadline' if late else tail)
+      return Outcome(None, 'deadline') if late else Outcome(False, tail)
     raise JailError('this system offers no isolation for programs '
                     f'({"the jail was not ready in time" if late else tail})')
 

@@ -11,8 +11,8 @@ This file imports neither the project nor third-party packages, because it runs 
 not have.
 """
 
-import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
@@ -37,9 +37,22 @@ _NEW_MOUNT, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = (
   0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000)
 _BIND, _RECURSIVE, _PRIVATE, _NOSUID, _NODEV, _DETACH = 0x1000, 0x4000, 0x40000, 2, 4, 2
 _MOUNT_SETATTR, _PIVOT_ROOT = 442, {'x86_64': 155, 'aarch64': 41}  # system calls without a function in every libc
-_SET_DEATH_SIGNAL, _SET_DUMPABLE, _NO_NEW_PRIVILEGES = 1, 4, 38
+_SET_DEATH_SIGNAL, _SET_SECCOMP, _NO_NEW_PRIVILEGES = 1, 22, 38
 _ATTR_READ_ONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4
 _HERE, _ALL_BELOW = -100, 0x8000
+
+# The system calls that no namespace and no limit makes harmless, by machine: its AUDIT_ARCH (linux/audit.h), and the
+# numbers of socket (see `forbid_calls`) and of shmget, semget, msgget, add_key, request_key, keyctl, io_uring_setup.
+# System V objects outlive their process, and no limit counts their memory. The caller's keys are readable without a
+# file. io_uring opens sockets without the call `socket`.
+_FORBIDDEN = {
+  'x86_64': (0xc000003e, 41, (29, 64, 68, 248, 249, 250, 425)),
+  'aarch64': (0xc00000b7, 198, (194, 190, 186, 217, 218, 219, 425)),
+}
+# linux/bpf_common.h, linux/seccomp.h
+_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_FILTER, _ALLOW, _FAIL_WITH = 2, 0x7fff0000, 0x50000
+_AF_INET6 = 10  # linux/socket.h
 
 # Run by the jailed interpreter. The token is read only after the program's last line has run.
 _RUN = """
@@ -88,8 +101,6 @@ def unshare() -> None:
     for name, text in (('setgroups', 'deny'), ('uid_map', f'{user} {user} 1'), ('gid_map', f'{group} {group} 1')):
       with open(f'/proc/self/{name}', 'w') as file:
         file.write(text)
-  with contextlib.suppress(OSError), open('/proc/sys/kernel/shmall', 'w') as file:
-    file.write('0')  # forbids shared memory that outlives its process, which no limit counts; only root can
 
 
 def build(folder: str, readable: list[str], program: bytes) -> None:
@@ -152,6 +163,34 @@ def become_nobody(user: int) -> None:
   _call('prctl', _NO_NEW_PRIVILEGES, 1, 0, 0, 0)
 
 
+def forbid_calls() -> None:
+  """Makes the system calls of _FORBIDDEN fail with EPERM, in this process and in all that it starts.
+
+  `socket` fails for all address families after AF_INET6. Some of these, such as AF_VSOCK, which reaches the host of a
+  virtual machine, don't belong to a network namespace.
+
+  The kernel runs a filter, which is a program in classic BPF, before each call. An instruction is (code, jump if true,
+  jump if false, operand); a jump of n skips the next n instructions. Loads are from struct seccomp_data, which has the
+  call's number at byte 0, the architecture at byte 4, and the arguments, of 8 bytes each, from byte 16 on.
+  """
+  architecture, call_socket, calls = _FORBIDDEN[os.uname().machine]
+  instruction = struct.Struct('HBBI').pack
+  fail = instruction(_RETURN, 0, 0, _FAIL_WITH | errno.EPERM)
+  program = b''.join((
+    instruction(_LOAD, 0, 0, 4),  # in the 32-bit interface of a 64-bit kernel, calls have other numbers
+    instruction(_IF_EQUAL, 1, 0, architecture), fail,
+    instruction(_LOAD, 0, 0, 0),
+    instruction(_IF_AT_LEAST, 0, 1, 0x40000000), fail,  # the x32 interface of x86-64, which has other numbers too
+    *(instruction(_IF_EQUAL, 0, 1, call) + fail for call in calls),
+    instruction(_IF_EQUAL, 0, 3, call_socket),  # all other calls go to the last instruction
+    instruction(_LOAD, 0, 0, 16),
+    instruction(_IF_AT_LEAST, 0, 1, _AF_INET6 + 1), fail,
+    instruction(_RETURN, 0, 0, _ALLOW),
+  ))
+  code = ctypes.create_string_buffer(program, len(program))
+  _call('prctl', _SET_SECCOMP, _FILTER, struct.pack('HP', len(program) // len(fail), ctypes.addressof(code)), 0, 0)
+
+
 def run(settings: dict, path: str, token: bytes, user: int) -> None:
   """Replaces this process with Python running the program, under the limits and, in a jail, without privileges.
 
@@ -169,6 +208,7 @@ def run(settings: dict, path: str, token: bytes, user: int) -> None:
   limit(settings, extra_processes=0 if root else 1)  # process 1 belongs to the same user, unless that is root
   if settings['isolated']:
     become_nobody(user)
+    forbid_calls()
   os.set_inheritable(settings['report'], True)
   os.write(settings['report'], READY)
   python = settings['python']
@@ -186,11 +226,8 @@ def first_process(settings: dict, program: bytes, token: bytes, user: int) -> No
   token, user: the arguments of `run` with these names.
   """
   _call('prctl', _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-  _call('prctl', _SET_DUMPABLE, 0, 0, 0, 0)  # no other process may read its memory
   path = f'{settings["folder"]}/program.py'
   if settings['isolated']:
-    with contextlib.suppress(OSError), open('/proc/self/oom_score_adj', 'w') as file:
-      file.write('1000')  # if memory runs out, the kernel kills these processes first
     build(settings['folder'], settings['readable'], program)
     path = '/program.py'
   else:
@@ -212,6 +249,8 @@ def main() -> None:
   try:
     if settings['isolated']:
       unshare()
+      with open('/proc/self/oom_score_adj', 'w') as file:
+        file.write('1000')  # if memory runs out, the kernel kills these processes first
     user = _FIRST_USER + os.getpid()
     child = os.fork()
     if child:

@@ -113,9 +113,9 @@ class Verifier:
     The verdict is wrong if the text has no answer in the task's format, if the answer is too long, or if it isn't equal
     to the reference. For a program, only the tests decide. With a user's reward function, only that function decides.
 
-    The verdict is undecided if the reference can't be read, or if the worker reached the deadline or died. If a worker
-    was killed from outside, another worker grades the answer once more. A grade doesn't depend on the other items.
-    Equal items are graded once.
+    The verdict is undecided if the reference can't be read, or if the worker reached the deadline or died, or if a
+    program reached the deadline of its jail. If a worker was killed from outside, another worker grades the answer once
+    more. A grade doesn't depend on the other items. Equal items are graded once.
 
     Raises:
       VerifierError: workers can't be started.
@@ -217,13 +217,17 @@ class Verifier:
     return dataclasses.replace(grade, reward=reply['reward']) if 'reward' in reply else grade
 
   def _in_jail(self, programs: list[str]) -> list[Grade]:
-    return list(self._threads.map(self._run, programs)) if programs else []
+    grades = list(self._threads.map(self._run, programs)) if programs else []
+    self.counts['timeouts'] += sum(grade.rule == _LOST['timeouts'] for grade in grades)
+    return grades
 
   def _run(self, program: str) -> Grade:
     try:
       outcome = self._jail.run(program)
     except JailError as error:  # the jail has worked before, so the machine is too busy or short of a resource
       return _graded(Verdict.UNDECIDED, None, str(error))
+    if outcome.passed is None:
+      return _graded(Verdict.UNDECIDED, None, _LOST['timeouts'])
     verdict = Verdict.RIGHT if outcome.passed else Verdict.WRONG
     return _graded(verdict, None, 'the tests pass' if outcome.passed else f'a test fails: {outcome.why}')
 

@@ -1,5 +1,6 @@
 """Tests the verifier's verdicts, and what a worker process can do to the run."""
 
+import math
 import os
 import pathlib
 import signal
@@ -8,11 +9,13 @@ import sys
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import verifiers as bench
 from betarank.tasks import verifiers, worker_pool
+from betarank.tasks.code_jail import Outcome
 from betarank.tasks.task_set import Task, TaskConfig, TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig, VerifierError
 
@@ -252,6 +255,14 @@ def test_a_reward_function_of_the_users_own(tmp_path, monkeypatch):
 def test_programs_need_a_jail(verifier):
   with pytest.raises(ValueError, match='need a jail'):
     verifier.verify([('x = 1', task('assert x', 'code', 'code'))])
+
+
+def test_a_program_that_reaches_its_deadline_is_undecided():
+  """Whether it does depends on how busy the machine is."""
+  late = SimpleNamespace(workers=1, run=lambda program: Outcome(None, 'deadline'))
+  with Verifier(VerifierConfig(), late) as verifier:
+    grade, = verifier.grade([('x = 1', task('assert x', 'code', 'code'))])
+    assert grade.verdict == UNDECIDED and math.isnan(grade.reward) and verifier.counts['timeouts'] == 1
 
 
 def test_threads_share_a_verifier(verifier):
