@@ -227,13 +227,13 @@ def test_only_samples_drawn_alike_are_averaged(tmp_path):
 
 
 def test_samples_are_paired_by_question():
-  """The first and the last problem have the same question. One of two sets of samples lacks the second problem."""
+  """The first two problems have the same question. One of two sets of samples lacks the third problem."""
   line = lambda problem, question, verdict: {'problem': problem, 'question': question, 'sample': 0, 'verdict': verdict,
                                              'group': 0, 'tokens': 1, 'finish': 'stop'}
-  lines = [line(0, 'a', 'right'), line(1, 'b', 'right'), line(2, 'c', 'wrong'), line(3, 'a', 'wrong')]
-  sets = [runs.SampleSet({}, sampling_metrics.collect(some), []) for some in (lines, lines[:1] + lines[2:])]
+  lines = [line(0, 'a', 'right'), line(1, 'a', 'wrong'), line(2, 'b', 'right'), line(3, 'c', 'wrong')]
+  sets = [runs.SampleSet({}, sampling_metrics.collect(some), []) for some in (lines, lines[:2] + lines[3:])]
   values_SP, problems = comparisons.aligned(sets, lambda metrics: metrics['avg_at_n'])
-  assert problems == ['0', '2'] and values_SP.tolist() == [[0.5, 0.0]] * 2
+  assert problems == ['0', '3'] and values_SP.tolist() == [[0.5, 0.0]] * 2
 
 
 @pytest.mark.parametrize('key, what', [
