@@ -233,7 +233,7 @@ RL_SECTION = dict(
   minibatches=S(1, IDENTITY, 'updates per step; 1 is on-policy. The paper leaves it open'),
   microbatch_tokens=S(0, EXECUTION, 'tokens of an update that a device computes at the same time; 0: 4096. At '
                       'least those of the longest prompt and answer'),
-  eval_prompts=S(64, REPORTING, 'problems per evaluation'),
+  eval_prompts=S(64, REPORTING, 'problems per evaluation, with different questions'),
   eval_samples=S(16, REPORTING, 'samples per problem of an evaluation'),
   eval_tasks=S({}, REPORTING, 'more problems to evaluate on, name -> uri (in the form of rl.task.uri), such as '
                '{"aime24": "jsonl:aime24.jsonl"}; the first eval_prompts of each, which are left out of training'),

@@ -32,7 +32,7 @@ from betarank.configs.files import write_atomically
 from betarank.configs.settings import when_missing
 from betarank.configs.terminal import columns, duration, fitted, waiting
 from betarank.data import Tokenizer
-from betarank.data.reasoning import ANSWER_MARK
+from betarank.data.reasoning import ANSWER_MARK, question_hash
 from betarank.eval.benchmarks import Benchmark, open_benchmark
 from betarank.eval.config import (
   CheckpointRef,
@@ -202,7 +202,8 @@ def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Veri
   """Judges all samples of one problem. Returns one dict per sample, which becomes a line of the SampleFile.
 
   A dict has the sample's text, answer, verdict, length and log-probability in nats. Its key 'group' has a number that
-  is the same for equal answers (see `answer_classes`).
+  is the same for equal answers (see `answer_classes`). Its key 'question' has a hash of the question, because generated
+  problems may repeat.
 
   group: all samples of the problem.
   """
@@ -211,7 +212,8 @@ def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Veri
   verdicts = verifier.verify([(text, task) for text in texts])
   classes = answer_classes(answers, verdicts, task, verifier)
   return [{
-    'problem': s.prompt_id, 'sample': s.index, 'text': text, 'answer': answer, 'verdict': verdict.name.lower(),
+    'problem': s.prompt_id, 'question': f'{question_hash(task.question):016x}', 'sample': s.index, 'text': text,
+    'answer': answer, 'verdict': verdict.name.lower(),
     'logp': float(np.sum(s.logp, dtype=np.float64)), 'tokens': len(s.tokens),
     'finish': 'stop' if s.finish == 'eos' else 'length', 'group': group_number,
   } for s, text, answer, verdict, group_number in zip(group, texts, answers, verdicts, classes)]
@@ -407,7 +409,7 @@ def print_table(files: Sequence[SampleFile]) -> None:
     of_benchmark.setdefault(file.about['benchmark'], []).append(file)
   for name, all_steps in of_benchmark.items():
     console.print(f'\n{name}: {all_steps[0].problems} problems, {all_steps[0].n} samples each\n'
-                  'percentages have 95 % intervals over problems', markup=False)
+                  'percentages have 95 % intervals over different questions', markup=False)
     at_once = (width - _NAME_COLUMNS) // _STEP_COLUMNS if width else len(all_steps)
     for start in range(0, len(all_steps), max(1, at_once)):
       some = all_steps[start:start + max(1, at_once)]
@@ -424,6 +426,7 @@ def _metrics(file: SampleFile) -> dict[str, str]:
     samples = collect(map(json.loads, lines))
   m = samples.metrics()
   return {
+    'different questions': str(len(samples.questions)),
     f'Avg@{file.n}': _percent(m['avg_at_n']), f'Cons@{file.n}': _percent(m['cons_at_n']),
     **{f'Pass@{k}': _percent(m['pass_at_k'][:, k - 1]) for k in (4, 16, 64) if k <= file.n},
     'truncated': f'{100 * m["truncated_share"].mean():.0f} %', 'tokens': f'{m["length_tokens"].mean():,.0f}',

@@ -1,7 +1,8 @@
 """Computes metrics from many samples per problem: Avg@n, Cons@n, Pass@k, diversity, length.
 
-Every metric has one value per problem, so that eval/statistics.py can resample problems and pair them between
-checkpoints.
+Every metric has one value per question, so that eval/statistics.py can resample questions and pair them between
+checkpoints. Generated problems may repeat a question: its value is then the mean over its problems. If repeated
+problems counted as independent ones, intervals would be too narrow.
 
 A sample is undecided if its verifier reached no verdict, for example because it ran out of time. Avg@n, Cons@n and
 Pass@k ignore undecided samples, as if they had not been drawn. A sample without an answer is wrong, and isn't a vote in
@@ -10,7 +11,7 @@ report their number.
 
 Arrays [P, K] have Pass@k in column k - 1, for k from 1 to K = N.
 
-# P problems  N samples per problem  A distinct answers of one problem
+# P problems  Q questions  N samples per problem  A distinct answers of one problem
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-FIELDS = ('problem', 'sample', 'verdict', 'group', 'tokens', 'finish')  # the fields of a stored sample that are used
+FIELDS = ('problem', 'sample', 'verdict', 'group', 'tokens', 'finish')  # what every stored sample has
+QUESTION = 'question'  # a hash of the question; samples from before 2026-11-29 don't have it
 VERDICTS = {'right': 1.0, 'wrong': 0.0, 'undecided': np.nan}
 
 
@@ -32,6 +34,7 @@ class Samples:
 
   Attributes:
     problems: the names of the P problems.
+    question_P: int64, the index of the first problem with the same question.
     score_PN: float64, 1 for right, 0 for wrong, NaN for undecided samples.
     group_PN: int64, the number of the answer. Equal answers to a problem have the same number; -1 means no answer.
     tokens_PN: float64, the length in tokens.
@@ -39,10 +42,16 @@ class Samples:
   """
 
   problems: tuple[str, ...]
+  question_P: np.ndarray
   score_PN: np.ndarray
   group_PN: np.ndarray
   tokens_PN: np.ndarray
   truncated_PN: np.ndarray
+
+  @property
+  def questions(self) -> tuple[str, ...]:
+    """The names of the Q different questions: of each, the name of the first problem."""
+    return tuple(self.problems[p] for p in np.unique(self.question_P))
 
   @property
   def undecided(self) -> int:
@@ -50,8 +59,11 @@ class Samples:
     return int(np.sum(np.isnan(self.score_PN) & ~np.isnan(self.tokens_PN)))
 
   def metrics(self) -> dict[str, np.ndarray]:
-    """Returns {metric: float64 array}. Every metric is [P], except 'pass_at_k', which is [P, K] (see `pass_at_k`)."""
-    return {
+    """Returns {metric: float64 array}. Every metric is [Q], except 'pass_at_k', which is [Q, K] (see `pass_at_k`).
+
+    The rows are in the order of `questions`.
+    """
+    by_problem = {
       'avg_at_n': avg_at_n(self.score_PN),
       'cons_at_n': cons_at_n(self.score_PN, self.group_PN),
       'pass_at_k': pass_at_k(self.score_PN),
@@ -60,6 +72,7 @@ class Samples:
       'length_tokens': mean(self.tokens_PN),
       'truncated_share': mean(self.truncated_PN),
     }
+    return {name: by_question(values, self.question_P) for name, values in by_problem.items()}
 
 
 def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
@@ -73,9 +86,11 @@ def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
     ValueError: a field is missing or wrong.
   """
   by_problem: dict[str, dict[int, tuple[float, int, float, float]]] = {}
+  question_of: dict[str, str] = {}
   for line in lines:
     problem, sample, row = parse(line)
     by_problem.setdefault(problem, {}).setdefault(sample, row)
+    question_of.setdefault(problem, str(line.get(QUESTION, problem)))
   problems = tuple(sorted(by_problem, key=lambda name: (len(name), name)))  # '2' before '10'
   most = max((len(rows) for rows in by_problem.values()), default=0)
   table = np.full((len(problems), most, 4), np.nan)
@@ -83,7 +98,9 @@ def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
   for p, name in enumerate(problems):
     for n, sample in enumerate(sorted(by_problem[name])):
       table[p, n] = by_problem[name][sample]
-  return Samples(problems, table[..., 0], table[..., 1].astype(np.int64), table[..., 2], table[..., 3])
+  first: dict[str, int] = {}
+  question_P = np.array([first.setdefault(question_of[name], p) for p, name in enumerate(problems)], np.int64)
+  return Samples(problems, question_P, table[..., 0], table[..., 1].astype(np.int64), table[..., 2], table[..., 3])
 
 
 def parse(line: Mapping[str, Any]) -> tuple[str, int, tuple[float, int, float, float]]:
@@ -113,6 +130,16 @@ def mean(values_PN: np.ndarray) -> np.ndarray:
   there_PN = ~np.isnan(values_PN)
   total_P = np.sum(np.where(there_PN, values_PN, 0.0), axis=-1)
   return _divide(total_P, there_PN.sum(-1))
+
+
+def by_question(values: np.ndarray, question_P: np.ndarray) -> np.ndarray:
+  """Returns [Q, ...]: the mean of `values` [P, ...] over the problems of each question; NaN if all of them are NaN."""
+  questions, index_P = np.unique(question_P, return_inverse=True)
+  there = ~np.isnan(values)
+  total, count = np.zeros((2, len(questions), *values.shape[1:]))
+  np.add.at(total, index_P, np.where(there, values, 0.0))
+  np.add.at(count, index_P, there)
+  return _divide(total, count)
 
 
 def avg_at_n(score_PN: np.ndarray) -> np.ndarray:

@@ -17,7 +17,6 @@ number of prompts used so far, so a killed run resumes exactly.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ from betarank.rl import entropy, packing, policy_losses
 from betarank.rl.advantages import advantages
 from betarank.rl.config import RlConfig, RlRun, rl_run
 from betarank.rl.packing import Answer, Microbatch
-from betarank.rl.progress import Progress
+from betarank.rl.progress import Best, Progress
 from betarank.rl.rewards import RewardRule
 from betarank.rl.rollout import Group, check_prompts, graded_groups, prompt_tokens
 from betarank.rl.update import Update, cov_tokens, make_update
@@ -94,7 +93,9 @@ class Parts:
 def inputs(config: ConfigDict) -> dict[str, str]:
   """Returns {description: path} of the files whose content must be the same for all processes of a run."""
   rl = rl_run(config).rl
-  return {f'problems {path}': path for uri in (rl.task.uri, *rl.eval_tasks.values()) for path in task_set.files(uri)}
+  problems = [path for uri in (rl.task.uri, *rl.eval_tasks.values()) for path in task_set.files(uri)]
+  rewards = [rl.task.reward_file] if rl.task.reward_file else []
+  return {f'problems {path}': path for path in problems} | {f'reward {path}': path for path in rewards}
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
@@ -105,7 +106,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   Returns the figures of the last step.
 
   Raises:
-    ConfigError, DataError, CheckpointError: the settings, the problems or a checkpoint can't be used.
+    ConfigError, DataError, CheckpointError: the settings, the problems, the reward function or a checkpoint can't be
+      used.
     JailError, VerifierError: programs can't be run safely, or the processes that grade answers can't be started.
     RlError: the loss or the gradient norm isn't finite.
   """
@@ -120,7 +122,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   tokenizer = setup.read_tokenizer(tokenizer_path, run.model, parent)
   check_held_out(rl, parent)
   evaluated = evaluation_sets(run)
-  tasks = TaskSet(rl.task, seed=run.seed, exclude=frozenset(
+  tasks = TaskSet(rl.task, seed=run.seed, verifier=rl.verifier, exclude=frozenset(
     question_hash(task.question) for asked in evaluated.values() for task in asked))
   checked = {'': tasks if tasks.size is not None else [], **evaluated}
   long = [check_prompts(tokenizer, some, rl.max_prompt_tokens, rl.long_prompts == 'skip', name)
@@ -154,6 +156,9 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
               f'{rl.advantage.name} with {rl.loss.name}',
       'left out': '; '.join(filter(None, (tasks.describe_left_out(), *long))),
+      'evaluated': '; '.join(
+        f'{len(asked)} problems of {name}' + (', which has no others' if len(asked) < rl.eval_prompts else '')
+        for name, asked in evaluated.items()),
       'mesh': setup.describe_mesh(mesh) + samplers[0].describe_split(),
       'run': setup.describe_length(beginning, run.steps, root)})
     if start == run.steps:
@@ -189,7 +194,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
               'time/tokens_per_s': sum(len(s.tokens) for group in seen for s in group.samples) / (sampled - began)}
       log.train(step, last)
       history.append(last)
-      for kind, text in warnings(history).items():
+      for kind, text in warnings(history, verifier.why_undecided).items():
         if kind not in warned:
           log.say(f'warning: {text}')
           warned.add(kind)
@@ -397,14 +402,23 @@ def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
 def evaluation_sets(run: RlRun) -> dict[str, list[Task]]:
   """Returns the problems to evaluate on, by name of their set.
 
-  They are the first `rl.eval_prompts` of the task's held-out problems, and of each set of `rl.eval_tasks`.
+  They are the first `rl.eval_prompts` with different questions of the task's held-out problems, and of each set of
+  `rl.eval_tasks`.
+
+  Raises:
+    ConfigError: the URI of a set is invalid.
+    DataError: a set, or the reward function, can't be used.
   """
   rl, found = run.rl, {}
   if rl.task.held_out_fraction:
-    found['held_out'] = TaskSet(rl.task, seed=run.seed, split='held_out')
+    found['held_out'] = TaskSet(rl.task, split='held_out', verifier=rl.verifier)
   for name, uri in rl.eval_tasks.items():
-    found[name] = TaskSet(dataclasses.replace(rl.task, uri=uri), seed=run.seed, split='all')
-  return {name: list(itertools.islice(tasks, rl.eval_prompts)) for name, tasks in found.items()}
+    try:
+      task = dataclasses.replace(rl.task, uri=uri)
+    except ValueError as error:
+      raise ConfigError(f'config.rl.eval_tasks.{name}: {error}') from None
+    found[name] = TaskSet(task, split='all', verifier=rl.verifier)
+  return {name: tasks.distinct(rl.eval_prompts) for name, tasks in found.items()}
 
 
 def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log) -> Progress:
@@ -419,7 +433,8 @@ def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log)
   for name, tasks in parts.evaluated.items():
     average = _evaluate(parts, params, name, tasks, step, log)
     if name == parts.run.rl.keep_best:
-      progress = progress.evaluated(f'eval/{name}/avg_at_{parts.run.rl.eval_samples}', step, average)
+      progress = progress.evaluated(
+        Best(f'eval/{name}/avg_at_{parts.run.rl.eval_samples}', step, average, task_set.digest(tasks)))
       if progress.best and progress.best.step == step:
         log.say(f'  best on {name} so far: ' + (f'step {step}, whose checkpoint is kept' if step else 'the start'))
   return progress

@@ -33,11 +33,13 @@ class Best:
     metric: the name under which the result is logged, such as eval/held_out/avg_at_16.
     step: the step after which the policy was evaluated; 0 for the policy at the start.
     value: the result.
+    problems: SHA-256 of the problems that were evaluated on; '' in checkpoints from before 2026-11-29.
   """
 
   metric: str
   step: int
   value: float
+  problems: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Progress:
     best: the best evaluation. None before the first evaluation, or if `rl.keep_best` is empty.
     problems: SHA-256 of the problems of the source; '' if their number is unlimited.
     kept: SHA-256 of the problems that are left to training (`TaskSet.kept_sha256`).
+    reward: SHA-256 of the file of the reward function (`TaskSet.reward_sha256`); '' if there is none.
   """
 
   prompts: int = 0
@@ -58,6 +61,7 @@ class Progress:
   best: Best | None = None
   problems: str = ''
   kept: str = ''
+  reward: str = ''
 
   @classmethod
   def read(cls, cursor: Mapping[str, Any], tasks: TaskSet, filtered: bool) -> 'Progress':
@@ -66,13 +70,16 @@ class Progress:
     filtered: whether the run has a difficulty filter.
 
     Raises:
-      DataError: the problems, or those of them that are left to training, aren't those that the cursor has recorded.
-        Cursors from before 2026-11-28 have no hash of the problems that are left to training. If the run has a filter,
-        their number is compared instead.
+      DataError: the problems, those of them that are left to training, or the file of the reward function aren't those
+        that the cursor has recorded. Cursors from before 2026-11-28 have no hash of the problems that are left to
+        training. If the run has a filter, their number is compared instead.
     """
     if (known := cursor.get('problems', '')) and known != tasks.sha256:
       raise DataError(f'{tasks.config.uri}: holds other problems than when the run began (sha256 {tasks.sha256[:12]}, '
                       f'not {known[:12]}); choose another workdir')
+    if (known := cursor.get('reward', '')) and known != tasks.reward_sha256:
+      raise DataError(f'{tasks.config.reward_file}: holds another reward function than when the run began (sha256 '
+                      f'{tasks.reward_sha256[:12]}, not {known[:12]}); choose another workdir')
     before = cursor.get('zero_variance', {})
     if (cursor.get('kept', tasks.kept_sha256) != tasks.kept_sha256 or (
         filtered and before.get('tasks', tasks.size) != tasks.size)):
@@ -83,14 +90,15 @@ class Progress:
       bits = np.frombuffer(base64.b64decode(before['bits']), np.uint8)
       zero_variance_N = np.unpackbits(bits, count=tasks.size).astype(bool)
     best = Best(**cursor['best']) if 'best' in cursor else None
-    return cls(cursor.get('prompts', 0), zero_variance_N, best, tasks.sha256, tasks.kept_sha256)
+    return cls(cursor.get('prompts', 0), zero_variance_N, best, tasks.sha256, tasks.kept_sha256, tasks.reward_sha256)
 
   def cursor(self) -> dict[str, Any]:
     """Returns the progress as a dictionary that can be stored as JSON, and that `read` accepts.
 
     For the difficulty filter, the dictionary has one bit per task, which says whether the last group had zero variance.
     """
-    found: dict[str, Any] = {'prompts': self.prompts, 'problems': self.problems, 'kept': self.kept}
+    found: dict[str, Any] = {
+      'prompts': self.prompts, 'problems': self.problems, 'kept': self.kept, 'reward': self.reward}
     if self.zero_variance_N is not None:
       bits = base64.b64encode(np.packbits(self.zero_variance_N).tobytes()).decode()
       found['zero_variance'] = {'tasks': len(self.zero_variance_N), 'bits': bits}
@@ -147,12 +155,14 @@ class Progress:
       zero_variance_N[tasks.index(number)] = not varies
     return dataclasses.replace(self, zero_variance_N=zero_variance_N)
 
-  def evaluated(self, metric: str, step: int, value: float) -> 'Progress':
-    """Returns the progress after an evaluation with the result `value`.
+  def evaluated(self, new: Best) -> 'Progress':
+    """Returns the progress after the evaluation `new`.
 
-    The evaluation becomes the best one if there is none yet, if `value` is larger than the best value so far, or if the
-    best evaluation has another metric. If `value` is NaN, the progress stays unchanged.
+    It becomes the best one if there is none yet, if its value is larger than the best value so far, or if the best
+    evaluation has another metric or other problems. If the value is NaN, the progress stays unchanged.
     """
-    if math.isnan(value) or (self.best and self.best.metric == metric and value <= self.best.value):
+    best = self.best
+    same = best and (best.metric, best.problems) == (new.metric, new.problems)
+    if math.isnan(new.value) or (same and new.value <= best.value):
       return self
-    return dataclasses.replace(self, best=Best(metric, step, value))
+    return dataclasses.replace(self, best=new)

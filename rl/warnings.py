@@ -11,15 +11,21 @@ FLAT_STEPS = 100  # warn if the pass rate hasn't changed over so many steps
 COLLAPSED = 0.1  # warn if the entropy of drawn tokens falls below this share of its first values
 
 
-def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
+def warnings(history: Sequence[Mapping[str, float]], why_undecided: str = '') -> dict[str, str]:
   """Returns the warnings as {kind: text}. Each text is one line.
 
   history: the figures of each step, as rl/loop.py logs them, oldest first.
+  why_undecided: the reason of the first undecided verdict, if it is known.
   """
   found = {}
   last = lambda steps: history[-steps:] if len(history) >= steps else []
   recent = lambda name, steps: [line[name] for line in last(steps) if name in line]
-  if (learned := recent('train/groups_learned_from', QUIET_STEPS)) and not any(learned):
+  undecided = sum(recent('train/undecided', QUIET_STEPS))
+  answers = sum(line['train/tokens'] / line['train/length_tokens'] for line in last(QUIET_STEPS))
+  if undecided > answers / 2:
+    found['undecided'] = (f'{100 * undecided / answers:.0f} % of the answers of {QUIET_STEPS} steps are undecided, and '
+                          f'nothing is learned from them{why_undecided and f"; the first reason was: {why_undecided}"}')
+  elif (learned := recent('train/groups_learned_from', QUIET_STEPS)) and not any(learned):
     found['no signal'] = (f'no group had reward variance for {QUIET_STEPS} steps, so nothing is learned: the problems '
                           'are too hard or too easy for this model, or its answers are not in the expected format')
   if (shares := recent('train/truncated_share', TRUNCATED_STEPS)) and min(shares) > 0.95:

@@ -16,6 +16,8 @@ import dataclasses
 import functools
 import hashlib
 import math
+import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -27,11 +29,15 @@ from betarank.data.reasoning import question_hash
 from betarank.tasks import code_problems, records
 from betarank.tasks.answers import ANSWER_FORMATS
 from betarank.tasks.records import LeftOut, OddRecord, Task, read_jsonl
-from betarank.tasks.verifiers import Verifier, VerifierConfig
+from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 
 _READING_S = 20.0  # the CPU time for reading a reference
 SPLITS = ('train', 'held_out', 'all')
 _MISS_CHANCE = 1e-12  # the probability that a generated set finds no question of its split for an index
+# A generated set tries at least so many candidates for an index. With the probability above, they suffice if all but
+# 1.4 % of the questions are excluded.
+_CANDIDATES = 2000
+_MOST_REPEATED = 200  # after so many questions in a row that aren't new, a generator counts as having no others
 _UNFIT = {'game_of_life_halting': 'its scorer calls any text right'}
 
 
@@ -70,6 +76,14 @@ class TaskConfig:
     place, _, function = self.reward.rpartition(':')
     if self.reward and not (place and function.isidentifier()):
       raise ValueError(f'reward must be FILE.py:FUNCTION or MODULE:FUNCTION, got {self.reward!r}')
+    if self.reward and self.uri.startswith('code:'):
+      raise ValueError(f'reward must be empty for {self.uri}, because tests judge programs, got {self.reward!r}')
+
+  @property
+  def reward_file(self) -> str:
+    """The path of the file with the reward function; '' if there is no such function, or if it is in a module."""
+    place = self.reward.rpartition(':')[0]
+    return place if place.endswith('.py') else ''
 
 
 class TaskSet:
@@ -84,24 +98,27 @@ class TaskSet:
     kept_sha256: SHA-256 of the questions and references of this set's own tasks, in order. If the source is unlimited,
       it is that of the hashes in `exclude` that would be in this split. With the config and the seed, they decide which
       tasks there are.
+    reward_sha256: SHA-256 of the file with the user's reward function; '' if there is no such file.
   """
 
   def __init__(
     self, config: TaskConfig, *, seed: int = 0, split: str = 'train', exclude: frozenset[int] = frozenset(),
+    verifier: VerifierConfig | None = None,
   ):
     """Reads the files or the data set, and keeps the tasks of one split.
 
     Args:
       config: the source and the formats.
-      seed: decides the order in which `at` returns tasks. If problems are generated, it also decides which ones, except
-        in split 'held_out', which has the same problems for every seed.
+      seed: decides the order in which `at` returns tasks. If problems are generated, it also decides which ones are in
+        split 'train'. The other splits, which are for evaluation, have the same problems for every seed.
       split: 'train', 'held_out', or 'all' for a benchmark that is used for evaluation only.
       exclude: hashes (`question_hash` in data/reasoning.py) of questions to leave out, for example those of evaluation.
+      verifier: the limits of the reward function, which is called once; None for the defaults.
 
     Raises:
-      DataError: the source can't be read, the split is empty, the reward function fails, or it can't be found out
-        whether a reference can be read.
-      VerifierError: the processes that read references can't be started.
+      DataError: the source can't be read, the split is empty, the reward function fails or reaches a limit, or it can't
+        be found out whether a reference can be read.
+      VerifierError: the processes that read references, or that call the reward function, can't be started.
     """
     if split not in SPLITS:
       raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {split!r}')
@@ -109,29 +126,17 @@ class TaskSet:
     self.left_out: list[LeftOut] = []
     self.records, self.sha256 = 0, ''
     # Only questions that would be in this split count: evaluating on more held-out problems changes nothing here.
-    self.kept_sha256 = _digest(sorted(number for number in exclude if self._in_split(number)))
+    self.kept_sha256 = _sha256(sorted(number for number in exclude if self._in_split(number)))
     kind, _, rest = config.uri.partition(':')
     if kind == 'reasoning':
-      self.size, self._source = None, _Generated(rest, 'rl/held_out' if split == 'held_out' else f'rl/{seed}')
-      share = {'train': 1 - config.held_out_fraction, 'held_out': config.held_out_fraction, 'all': 1.0}[split]
-      if share < 1e-3:
-        raise DataError(f'{config.uri}: held_out_fraction={config.held_out_fraction} leaves too little to {split!r}')
-      share = min(share, 0.98 if exclude else 1)  # assumes that at most 2 % of the questions are excluded
-      self._tries = 1 if share == 1 else math.ceil(math.log(_MISS_CHANCE) / math.log(1 - share))
-      return
-    found = self._from_code(rest) if kind == 'code' else self._from_records(kind, rest)
-    self.sha256 = _digest([(task.question, task.reference) for task, _ in found])
-    kept = [(task, where) for task, where in found if self._belongs(task.question)]
-    self.records = len(kept) + len(self.left_out)
-    self._kept = self._readable(kept)
-    self.size = len(self._kept)
-    self.kept_sha256 = _digest([(task.question, task.reference) for task in self._kept])
-    if not self._kept:
-      raise DataError(f'{config.uri}: none of its {len(found)} questions is in the {split!r} split '
-                      f'(held_out_fraction={config.held_out_fraction}, {len(exclude)} excluded, '
-                      f'{len(self.left_out)} left out)')
+      self._open_generator(rest)
+    else:
+      self._read(kind, rest)
+    self.reward_sha256 = ''
     if config.reward:
-      self._try_reward()
+      self._try_reward(verifier or VerifierConfig())
+    if config.reward_file:
+      self.reward_sha256 = hashlib.sha256(pathlib.Path(config.reward_file).read_bytes()).hexdigest()
 
   def __len__(self) -> int:
     if self.size is None:
@@ -158,6 +163,21 @@ class TaskSet:
     """
     return self[self.index(cursor)]
 
+  def distinct(self, count: int) -> list[Task]:
+    """Returns the first `count` tasks with different questions, or as many as there are.
+
+    Of equal questions, the first task is returned. Generated problems repeat, so a generator of few problems may have
+    less than `count`. The search ends after 200 repeated questions in a row, and may miss rare questions.
+    """
+    found: dict[int, Task] = {}
+    repeated = 0
+    for task in self:
+      is_new = found.setdefault(question_hash(task.question), task) is task
+      repeated = 0 if is_new else repeated + 1
+      if len(found) == count or (self.size is None and repeated == _MOST_REPEATED):
+        break
+    return list(found.values())
+
   def index(self, cursor: int) -> int:
     """Returns the index of the task for prompt number `cursor` of a run."""
     if self.size is None:
@@ -173,19 +193,56 @@ class TaskSet:
     held_out = reasoning.hash_held_out(number, self.config.held_out_fraction)
     return self.split == 'all' or held_out == (self.split == 'held_out')
 
+  def _open_generator(self, rest: str) -> None:
+    """Prepares to generate tasks, and generates one of each kind as a test.
+
+    rest: the part of the URI after 'reasoning:'.
+    """
+    fraction = self.config.held_out_fraction
+    share = {'train': 1 - fraction, 'held_out': fraction, 'all': 1.0}[self.split]
+    if share < 1e-3:
+      raise DataError(f'{self.config.uri}: held_out_fraction={fraction} leaves too little to {self.split!r}')
+    share = min(share, 0.98 if self._exclude else 1)  # several candidates, because some may be excluded
+    self._tries = 1 if share == 1 else math.ceil(math.log(_MISS_CHANCE) / math.log(1 - share))
+    # Problems of evaluation must not be the first ones of training, because training leaves them out.
+    stream = {'held_out': 'rl/held_out', 'all': 'rl/all'}.get(self.split, f'rl/{self.seed}')
+    self.size, self._source = None, _Generated(rest, stream)
+    for index in range(self._source.kinds):
+      self[index]
+
   def _generate(self, index: int) -> Task:
-    for attempt in range(self._tries):  # each index has its own candidates, so it doesn't depend on other indices
+    count = max(self._tries, _CANDIDATES)
+    for attempt in range(count):  # each index has its own candidates, so it doesn't depend on other indices
       problem = self._source.problem(index, attempt, self._tries)
       if self._belongs(problem.question):
         return self._task(**self._source.fields(index, problem))
-    raise DataError(f'{self.config.uri}: {self._tries} problems in a row are not in the {self.split!r} split; '
-                    'the task has too few different ones for this held_out_fraction')
+    left_out = f', or are among the {len(self._exclude)} to leave out because they are evaluated on'
+    raise DataError(f'{self.config.uri}: {count} problems of {problem.task} in a row are not in the {self.split!r} '
+                    f'split (held_out_fraction={self.config.held_out_fraction}){left_out if self._exclude else ""}; '
+                    'it has too few different ones')
 
   def _task(self, question: str, **fields: Any) -> Task:
     if self.config.reward:
       fields |= {'verifier': 'reward', 'entry': self.config.reward}
     prompt = self.config.prompt.replace('{question}', question)
     return Task(question=question, prompt=prompt, answer_format=self.config.answer_format, **fields)
+
+  def _read(self, kind: str, rest: str) -> None:
+    """Reads the tasks of this split.
+
+    kind, rest: the parts of the URI before and after the first colon.
+    """
+    found = self._from_code(rest) if kind == 'code' else self._from_records(kind, rest)
+    self.sha256 = digest([task for task, _ in found])
+    kept = [(task, where) for task, where in found if self._belongs(task.question)]
+    self.records = len(kept) + len(self.left_out)
+    self._kept = self._readable(kept)
+    self.size = len(self._kept)
+    self.kept_sha256 = digest(self._kept)
+    if not self._kept:
+      raise DataError(f'{self.config.uri}: none of its {len(found)} questions is in the {self.split!r} split '
+                      f'(held_out_fraction={self.config.held_out_fraction}, {len(self._exclude)} excluded, '
+                      f'{len(self.left_out)} left out)')
 
   def _from_records(self, kind: str, rest: str) -> list[tuple[Task, str]]:
     """Returns (task, place) for each record that is a problem. Adds the other records to left_out.
@@ -237,19 +294,19 @@ class TaskSet:
         readable.append(task)
     return readable
 
-  def _try_reward(self) -> None:
+  def _try_reward(self, limits: VerifierConfig) -> None:
     """Calls the user's reward function once, with the first task. The answer is the task's reference, or 'x' if it has
     none.
 
     Raises:
-      DataError: the reward function fails.
+      DataError: the reward function fails, reaches a limit, or does what worker processes may not do.
     """
-    task = self._kept[0]
+    task = self[0]
     form = '\\boxed{{{}}}' if self.config.answer_format == 'boxed' else f'{reasoning.ANSWER_MARK}{{}}'
-    with Verifier(VerifierConfig(workers=1)) as verifier:
-      verifier.grade([(form.format(task.reference or 'x'), task)])
-    if verifier.first_error:
-      raise DataError(f'reward {self.config.reward}: {verifier.first_error}, when called with the first reference')
+    with Verifier(limits) as verifier:
+      [grade] = verifier.grade([(form.format(task.reference or 'x'), task)])
+    if grade.verdict == Verdict.UNDECIDED:
+      raise DataError(f'reward {self.config.reward}: {grade.rule}, when called with the first reference')
 
 
 # Generated problems
@@ -264,10 +321,14 @@ class _Generated:
 
   def __init__(self, rest: str, stream: str):
     self._kinds, self._stream = reasoning.parse(rest), stream
-    for i, kind in enumerate(self._kinds):
+    for kind in self._kinds:
       if kind.task in _UNFIT:
         raise DataError(f'reasoning:{rest}: task {kind.task!r} is not for RL: {_UNFIT[kind.task]}')
-      self.fields(i, self.problem(i, 0, 1))
+
+  @property
+  def kinds(self) -> int:
+    """The number of kinds of problems, which take turns."""
+    return len(self._kinds)
 
   def problem(self, index: int, attempt: int, attempts: int) -> reasoning.Problem:
     """Returns candidate number `attempt` for task number `index`.
@@ -275,10 +336,12 @@ class _Generated:
     The kind of problem (the reasoning-gym task) depends only on the index. There are several candidates, because the
     first ones may belong to another split. The caller takes the first candidate that is in its own split.
 
-    attempts: the number of candidates for each task.
+    attempts: the number of candidates for each task in the stream. Further candidates come from further streams.
     """
     kind, turn = self._kinds[index % len(self._kinds)], index // len(self._kinds)
-    return reasoning.problem((kind,), turn * attempts + attempt, stream=self._stream)
+    further, attempt = divmod(attempt, attempts)
+    stream = f'{self._stream}/{further}' if further else self._stream
+    return reasoning.problem((kind,), turn * attempts + attempt, stream=stream)
 
   def fields(self, index: int, problem: reasoning.Problem) -> dict[str, Any]:
     """Returns the fields of Task number `index` that don't come from the config, as {name: value}.
@@ -314,7 +377,12 @@ def files(uri: str) -> list[str]:
   return find(pattern) if kind in ('jsonl', 'code') else []
 
 
-def _digest(values: list[Any]) -> str:
+def digest(tasks: Iterable[Task]) -> str:
+  """Returns SHA-256 of the questions and references of `tasks`, in order."""
+  return _sha256([(task.question, task.reference) for task in tasks])
+
+
+def _sha256(values: list[Any]) -> str:
   return hashlib.sha256(repr(values).encode(errors='backslashreplace')).hexdigest()
 
 

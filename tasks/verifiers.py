@@ -77,7 +77,7 @@ class Verifier:
         refused: items that tried to touch the system.
         unread: items that are undecided because their reference can't be read.
         errors: items for which a library or a reward function failed.
-    first_error: the message of the first failure that was counted under errors, one line; '' if there was none.
+    why_undecided: the reason of the first undecided verdict, one line; '' if there was none.
   """
 
   def __init__(self, config: VerifierConfig, jail: Jail | None = None):
@@ -90,7 +90,7 @@ class Verifier:
     self._jail = jail
     self._threads = ThreadPoolExecutor(jail.workers) if jail else None
     self.counts: collections.Counter[str] = collections.Counter()
-    self.first_error = ''
+    self.why_undecided = ''
 
   def __enter__(self):
     return self
@@ -144,6 +144,8 @@ class Verifier:
     self.counts['worker'] += sum(map(len, requests.values()))
     self.counts['jail'] += sum(map(len, programs.values()))
     self.counts.update(grade.verdict.name.lower() for grade in grades)
+    undecided = (grade.rule for grade in grades if grade.verdict == Verdict.UNDECIDED)
+    self.why_undecided = self.why_undecided or next(undecided, '')
     return grades
 
   def unreadable(self, references: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -210,8 +212,6 @@ class Verifier:
       return _graded(Verdict.UNDECIDED, None, _LOST[reply])
     if 'why' in reply:
       self.counts[reply['why']] += 1
-    if reply.get('why') == 'errors' and not self.first_error:
-      self.first_error = reply['rule']
     verdict = Verdict(reply['verdict'])
     grade = _graded(verdict, None, reply.get('rule', ''), reply.get('gold', ''), reply.get('given', ''))
     return dataclasses.replace(grade, reward=reply['reward']) if 'reward' in reply else grade

@@ -222,7 +222,8 @@ class WorkerPool:
   def _wait(self, selector: selectors.BaseSelector, replies: list) -> None:
     """Waits for replies and receives them, at most until the first deadline of a worker.
 
-    Replaces workers that have ended or have passed their deadline.
+    Replaces workers that have ended or have passed their deadline. An idle worker that has ended is replaced too:
+    otherwise each call would return at once, because its closed pipe can always be read.
 
     selector: the selector of all workers of this call.
     replies: a list with the reply to each request, or None. New replies are stored in it.
@@ -231,9 +232,9 @@ class WorkerPool:
     working = [worker for worker in workers if worker.busy is not None or not worker.ready]
     patience = min(worker.deadline for worker in working) - time.monotonic()
     heard = {key.data for key, _ in selector.select(max(0.0, patience))}
-    for worker in working:
+    for worker in workers:
       if worker in heard:
-        message = worker.read()
+        message = worker.read() if worker in working else None  # an idle worker has nothing to say
         if message is None:
           self._replace(selector, worker, replies, 'crashes')
         elif 'ready' in message:
@@ -242,7 +243,7 @@ class WorkerPool:
           raise VerifierError(f'verifier worker {worker.kind!r}: {message["error"]}')
         elif message:
           replies[worker.busy], worker.busy = message, None
-      elif time.monotonic() > worker.deadline and not worker.extend():
+      elif worker in working and time.monotonic() > worker.deadline and not worker.extend():
         self._replace(selector, worker, replies, 'timeouts')
 
   def _replace(self, selector, worker: _Worker, replies: list, why: str) -> None:

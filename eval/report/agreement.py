@@ -121,9 +121,10 @@ def _of_data(run: Run, other: Run) -> list[str]:
   mine, theirs = run.identity, other.identity
   if mine.tokenizer and theirs.tokenizer and mine.tokenizer != theirs.tokenizer:
     return [f'another tokenizer ({mine.tokenizer[:_SHOWN]} against {theirs.tokenizer[:_SHOWN]})']
-  if run.is_rl:  # its settings determine the problems, but for files and for what its evaluations leave to training
+  if run.is_rl:  # its settings determine all but the content of files, and what its evaluations leave to training
     for name, a, b in (('other problems', mine.problems, theirs.problems),
-                       ('other problems left to training by the evaluations', mine.kept, theirs.kept)):
+                       ('other problems left to training by the evaluations', mine.kept, theirs.kept),
+                       ('another reward function', mine.reward, theirs.reward)):
       if a and b and a != b:
         return [f'{name} ({a[:_SHOWN]} against {b[:_SHOWN]})']
     return []

@@ -492,18 +492,18 @@ def _means(seeds: Iterable[Any], values_SP: np.ndarray) -> dict[Any, float]:
 
 
 def aligned(sets: Iterable[SampleSet], read: ByProblem) -> tuple[np.ndarray, list[str]]:
-  """Returns the values of a metric on the P problems that all S sets of samples have, and the names of these problems.
+  """Returns the values of a metric on the P questions that all S sets of samples have, and the names of the questions.
 
   The values are float64 [S, P].
 
-  read: a function that takes SampleSet.metrics, and returns one value of the metric per problem.
+  read: a function that takes SampleSet.metrics, and returns one value of the metric per question.
   """
   sets = list(sets)
-  shared = set.intersection(*(set(found.samples.problems) for found in sets))
-  problems = [name for name in sets[0].samples.problems if name in shared]
+  shared = set.intersection(*(set(found.samples.questions) for found in sets))
+  problems = [name for name in sets[0].samples.questions if name in shared]
   rows = []
   for found in sets:
-    index = {name: i for i, name in enumerate(found.samples.problems)}
+    index = {name: i for i, name in enumerate(found.samples.questions)}
     rows.append(read(found.metrics)[[index[name] for name in problems]])
   return np.array(rows, np.float64).reshape(len(sets), len(problems)), problems
 

@@ -218,7 +218,7 @@ def _identity(meta: Mapping[str, Any]) -> DataIdentity:
   rows = [number(source.get('rows')) for source in sources.values() if isinstance(source, dict)]
   return DataIdentity(str(meta.get('tokenizer_sha256') or ''), fingerprints, sum(rows) if rows else math.nan,
                       number(setting(meta, 'cursor.prompts')), str(setting(meta, 'cursor.problems') or ''),
-                      str(setting(meta, 'cursor.kept') or ''))
+                      str(setting(meta, 'cursor.kept') or ''), str(setting(meta, 'cursor.reward') or ''))
 
 
 def _read_start(run: Run, sweep: Sweep) -> None:
@@ -262,7 +262,8 @@ def _read_samples(run: Run, sweep: Sweep) -> None:
         if len(examples) < EXAMPLES and (kind := line['verdict']) not in shown:
           shown.add(kind)
           examples.append(line)
-        good.append({name: line[name] for name in sampling_metrics.FIELDS})
+        kept = (*sampling_metrics.FIELDS, sampling_metrics.QUESTION)
+        good.append({name: line[name] for name in kept if name in line})
       if wrong:
         sweep.note(where, f'{len(wrong)} samples left out: {wrong[0]}')
       if not good:

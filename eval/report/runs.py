@@ -33,7 +33,7 @@ class SampleSet:
     settings: the settings with which the samples were drawn.
     samples: the samples, as arrays.
     examples: a few stored lines with the texts of samples.
-    metrics: the result of samples.metrics(), {metric: values per problem}.
+    metrics: the result of samples.metrics(), {metric: values per question}.
   """
 
   settings: dict[str, Any]
@@ -55,6 +55,7 @@ class DataIdentity:
     prompts: the number of prompts that RL has used or skipped; NaN for pre-training.
     problems: SHA-256 of RL's problems; '' if their number is unlimited, or if not recorded.
     kept: SHA-256 that says which problems evaluations leave to RL; '' if not recorded.
+    reward: SHA-256 of the file of RL's reward function; '' if there is none, or if not recorded.
   """
 
   tokenizer: str = ''
@@ -63,6 +64,7 @@ class DataIdentity:
   prompts: float = math.nan
   problems: str = ''
   kept: str = ''
+  reward: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

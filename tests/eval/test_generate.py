@@ -61,7 +61,8 @@ def test_every_sample_is_there_with_its_settings(undisturbed, run_dir):
   path, out = undisturbed
   got = in_order(path)
   assert [(line['problem'], line['sample']) for line in got] == [(p, s) for p in range(PROBLEMS) for s in range(N)]
-  assert all(line.keys() == {'problem', 'sample', 'text', 'answer', 'verdict', 'logp', 'tokens', 'finish', 'group'}
+  assert all(line.keys() == {'problem', 'question', 'sample', 'text', 'answer', 'verdict', 'logp', 'tokens', 'finish',
+                             'group'}
              for line in got)
   assert all(1 <= line['tokens'] <= 24 and line['logp'] <= 0 and line['finish'] in ('stop', 'length') for line in got)
   about = json.loads(path.with_suffix('.json').read_text())

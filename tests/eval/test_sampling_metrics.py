@@ -92,6 +92,20 @@ def test_avg_diversity_length_and_truncation():
   assert got['pass_at_k'].shape == (2, 3)
 
 
+def test_problems_with_the_same_question_count_as_one():
+  found = sampling_metrics.collect([
+    line(problem, sample, verdict, group, tokens=problem) | ({'question': question} if question else {})
+    for problem, question, verdicts in (
+      (1, 'a', ('right', 'right')), (2, 'b', ('wrong', 'right')), (3, 'a', ('wrong', 'right')),
+      (4, 'c', ('undecided', 'undecided')), (5, 'c', ('right', 'right')), (10, None, ('wrong', 'wrong')))
+    for sample, (verdict, group) in enumerate(zip(verdicts, (0, 1)))][::-1])
+  assert found.questions == ('1', '2', '4', '10') and len(found.problems) == 6
+  got = found.metrics()
+  np.testing.assert_allclose(got['avg_at_n'], [0.75, 0.5, 1, 0])
+  np.testing.assert_allclose(got['pass_at_k'], [[0.75, 1], [0.5, 1], [1, 1], [0, 0]])
+  np.testing.assert_allclose(got['length_tokens'], [2, 2, 4.5, 10])
+
+
 def test_answer_entropy_is_that_of_the_empirical_distribution():
   group_N = np.array([0, 0, 0, 1, 2, -1])
   want = -sum(p * math.log(p) for p in (0.6, 0.2, 0.2))
@@ -111,4 +125,4 @@ def test_a_malformed_sample_is_named(change, said):
 
 def test_no_samples_at_all():
   found = sampling_metrics.collect([])
-  assert found.problems == () and found.metrics()['avg_at_n'].shape == (0,)
+  assert found.problems == found.questions == () and found.metrics()['avg_at_n'].shape == (0,)

@@ -22,7 +22,8 @@ SIZE, SEED = 40, 3
 def tasks():
   """Returns a stand-in for a TaskSet of forty tasks, which have no texts."""
   found = types.SimpleNamespace(size=SIZE, seed=SEED, sha256='a' * 64, kept_sha256='c' * 64,
-                                config=types.SimpleNamespace(uri='jsonl:x'))
+                                reward_sha256='e' * 64,
+                                config=types.SimpleNamespace(uri='jsonl:x', reward_file='mine.py'))
   found.index = lambda cursor: TaskSet.index(found, cursor)
   found.at = found.index
   return found
@@ -64,7 +65,8 @@ def test_the_order_is_the_same_after_a_restart(tasks):
 
 def test_without_filter_every_prompt_has_its_turn(tasks):
   numbers, progress = Progress.read({'prompts': 5}, tasks, False).next_prompts(tasks, 3, 1.0)
-  assert list(numbers) == [5, 6, 7] and progress.cursor() == {'prompts': 8, 'problems': 'a' * 64, 'kept': 'c' * 64}
+  assert list(numbers) == [5, 6, 7] and progress.cursor() == {
+    'prompts': 8, 'problems': 'a' * 64, 'kept': 'c' * 64, 'reward': 'e' * 64}
   assert progress.recorded(tasks, [(5, False)]) is progress
 
 
@@ -82,6 +84,9 @@ def test_other_problems_are_refused(tasks):
     Progress.read(before, other(sha256='b' * 64), True)
   with pytest.raises(DataError, match='jsonl:x: leaves other problems to training than when the run began'):
     Progress.read(before, other(kept_sha256='b' * 64), True)
+  with pytest.raises(DataError, match='mine.py: holds another reward function than when the run began'):
+    Progress.read(before, other(reward_sha256='b' * 64), True)
+  assert Progress.read({**before, 'reward': ''}, tasks, True).reward == 'e' * 64  # an older cursor has none
 
 
 def test_an_older_cursor_without_a_hash_of_what_is_left_to_training_is_read(tasks):
@@ -96,10 +101,15 @@ def test_an_older_cursor_without_a_hash_of_what_is_left_to_training_is_read(task
 def test_the_best_evaluation_is_the_earliest_of_the_highest(tasks):
   progress = Progress.read({}, tasks, False)
   for step, value in ((0, float('nan')), (1, 0.2), (3, 0.5), (6, 0.5), (9, float('nan')), (12, 0.4)):
-    progress = progress.evaluated('eval/held_out/avg_at_4', step, value)
-  assert progress.best == Best('eval/held_out/avg_at_4', 3, 0.5)
-  assert Progress.read(json.loads(json.dumps(progress.cursor())), tasks, False) == progress
-  assert progress.evaluated('eval/held_out/avg_at_16', 15, 0.1).best.step == 15  # another metric can't be compared
+    progress = progress.evaluated(Best('eval/held_out/avg_at_4', step, value, 'f' * 64))
+  assert progress.best == Best('eval/held_out/avg_at_4', 3, 0.5, 'f' * 64)
+  cursor = json.loads(json.dumps(progress.cursor()))
+  assert Progress.read(cursor, tasks, False) == progress
+  # Figures of another metric, or of other problems, can't be compared.
+  assert progress.evaluated(Best('eval/held_out/avg_at_16', 15, 0.1, 'f' * 64)).best.step == 15
+  assert progress.evaluated(Best('eval/held_out/avg_at_4', 15, 0.1, 'b' * 64)).best.step == 15
+  del cursor['best']['problems']  # an older cursor doesn't have them
+  assert Progress.read(cursor, tasks, False).best == Best('eval/held_out/avg_at_4', 3, 0.5)
 
 
 @pytest.mark.parametrize('key, value, message', [

@@ -104,7 +104,8 @@ def test_problems_that_the_documents_may_hold_are_not_held_out():
 
 def step(**changes):
   return {f'train/{name}': value for name, value in {
-    'groups_learned_from': 4.0, 'truncated_share': 0.1, 'pass_rate': 0.3, 'entropy_drawn_nats': 0.5, **changes}.items()}
+    'groups_learned_from': 4.0, 'truncated_share': 0.1, 'pass_rate': 0.3, 'entropy_drawn_nats': 0.5, 'undecided': 0.0,
+    'tokens': 100.0, 'length_tokens': 10.0, **changes}.items()}  # ten answers
 
 
 def entropies(share):
@@ -113,6 +114,7 @@ def entropies(share):
 
 @pytest.mark.parametrize('kind, odd, well', [
   ('no signal', [step(groups_learned_from=0.0)] * 10, [step()] + [step(groups_learned_from=0.0)] * 9),
+  ('undecided', [step(undecided=6.0)] * 5 + [step(undecided=5.0)] * 5, [step(undecided=5.0)] * 10),
   ('truncated', [step(truncated_share=0.96)] * 10, [step(truncated_share=0.95)] + [step(truncated_share=1.0)] * 9),
   ('flat', [step()] * 50 + [step(pass_rate=0.304)] * 50, [step()] * 50 + [step(pass_rate=0.306)] * 50),
   ('collapse', entropies(0.09), entropies(0.11))])
@@ -120,6 +122,12 @@ def test_warnings_come_at_their_thresholds(kind, odd, well):
   assert kind in warnings(odd)
   assert kind not in warnings(odd[:-1]) and kind not in warnings(well)
   assert not warnings([step(pass_rate=0.3 + i / 200) for i in range(100)])
+
+
+def test_a_verifier_that_decides_nothing_is_not_blamed_on_the_problems():
+  found = warnings([step(groups_learned_from=0.0, undecided=10.0)] * 10, 'ValueError: no idea')
+  assert found == {'undecided': '100 % of the answers of 10 steps are undecided, and nothing is learned from them; the '
+                                'first reason was: ValueError: no idea'}
 
 
 @pytest.mark.parametrize('name, shape', [

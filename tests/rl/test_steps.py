@@ -15,9 +15,10 @@ from betarank.configs.errors import ConfigError
 from betarank.data import DataError
 from betarank.rl import loop, packing, rollout
 from betarank.rl.config import rl_run
-from betarank.rl.progress import Progress
+from betarank.rl.progress import Best, Progress
 from betarank.rl.rollout import check_prompts, graded_groups
 from betarank.rl.warnings import warnings
+from betarank.tasks import task_set
 from betarank.tasks.task_set import TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 from tests.rl.scripted import Scripted, write
@@ -202,18 +203,26 @@ def test_problems_to_evaluate_on_need_no_held_out_ones(parts, tmp_path):
   assert found.keys() == {'aime'} and [task.question for task in found['aime']] == ['Q0', 'Q1', 'Q2', 'Q3']
 
 
-def test_what_is_evaluated_on_is_what_training_leaves_out(parts):
-  """Evaluation asks the first problems of a set, whatever the order in which training would ask them."""
+def test_an_evaluation_asks_the_first_problems_with_random_numbers_of_its_own(parts):
+  """The order in which training would ask them doesn't matter."""
   p = parts([RIGHT, WRONG], **{'rl.eval_prompts': '3', 'rl.eval_samples': '2', 'rl.max_prompt_tokens': '64'})
   path = p.run.rl.task.uri
   p.evaluated = loop.evaluation_sets(parts([], **{'rl.eval_prompts': '3', 'rl.eval_tasks': f'{{"all": "{path}"}}'}).run)
-  asked, lines = [], []
+  asked, steps, lines = [], [], []
   p.samplers[0].__class__ = type('Listening', (Scripted,), {'__call__': lambda self, params, prompts, **kw: (
-    asked.extend(prompt.id for prompt in prompts), Scripted.__call__(self, params, prompts, **kw))[1]})
+    asked.extend(prompt.id for prompt in prompts), steps.append(kw['step']),
+    Scripted.__call__(self, params, prompts, **kw))[-1]})
   log = types.SimpleNamespace(evaluation=lambda step, name, values, line: lines.append((name, values)),
                               sample=lambda *_: None, say=lambda _: None)
-  loop.evaluate(p, None, Progress(), 0, log)
-  assert asked == [0, 1, 2] and lines[0][1]['avg_at_2'] == 0.5
+  for number in (0, 3):
+    loop.evaluate(p, None, Progress(), number, log)
+  assert asked == [0, 1, 2] * 2 and lines[0][1]['avg_at_2'] == 0.5
+  assert steps[1] - steps[0] == 3 and steps[0] > 10**9, 'a step of training may have these random numbers'
+
+
+def test_sets_that_cannot_be_evaluated_on_are_refused(parts):
+  with pytest.raises(ConfigError, match=r'^config.rl.eval_tasks.mine: uri must be'):
+    loop.evaluation_sets(parts([], **{'rl.eval_tasks': '{"mine": "reasonin:x"}'}).run)
 
 
 @pytest.fixture
@@ -249,22 +258,29 @@ def test_undecided_problems_have_no_weight_in_an_evaluation(evaluate):
   assert math.isnan(values['avg_at_2']) and best is None and line.endswith(f'over 0 problems, {count} undecided')
 
 
+def test_the_standard_error_is_that_of_the_mean_over_problems(parts, monkeypatch):
+  p = parts([RIGHT, WRONG], **{'rl.eval_samples': '2', 'rl.keep_best': 'mine', 'rl.max_prompt_tokens': '64',
+                               'rl.eval_tasks': f'{{"mine": "{parts([]).run.rl.task.uri}"}}'})
+  p.evaluated = {'mine': [p.tasks[i] for i in range(4)]}
+  scores = [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
+  monkeypatch.setattr(loop, 'graded_groups', lambda *args, **how: [
+    group._replace(scores=of_group) for group, of_group in zip(graded_groups(*args, **how), scores)])
+  figures = []
+  log = types.SimpleNamespace(evaluation=lambda step, name, values, line: figures.append(values),
+                              sample=lambda *_: None, say=lambda _: None)
+  best = loop.evaluate(p, None, Progress(), 3, log).best
+  # The rates are 1, 1/2, 0 and 1/2. Their variance is (1/4 + 1/4) / 3.
+  assert figures == [{'avg_at_2': 0.5, 'standard_error': pytest.approx(math.sqrt(1 / 6) / 2)}]
+  assert best == Best('eval/mine/avg_at_2', 3, 0.5, task_set.digest(p.evaluated['mine']))
+
+
 class Devices(Exception):
   """Raised where a run begins to use devices."""
 
 
-@pytest.mark.parametrize('longest, how, error, message', [
-  (64, 'refuse', Devices, ''), (8, 'skip', Devices, ''),
-  (8, 'refuse', ConfigError, '1 of 3 prompts of mine have more than 8 tokens, the longest 15; raise it, or leave'),
-  (3, 'skip', ConfigError, '3 of 3 prompts of mine have more than 3 tokens, the longest 15; raise it$')])
-def test_long_prompts_of_an_evaluation_are_refused_before_devices_are_used(
-    parts, tmp_path, monkeypatch, longest, how, error, message):
-  """The prompts of the problems to train on are short."""
-  short = write(tmp_path / 'short.jsonl', *({'question': f'{i}', 'answer': '4'} for i in range(5)))
-  mine = parts([]).run.rl.task.uri
-  config = load.load('tests/tiny_rl.py:init_from=x', {
-    'rl.task.uri': f'jsonl:{short}', 'rl.task.held_out_fraction': '0', 'rl.keep_best': 'mine', 'rl.eval_prompts': '3',
-    'rl.eval_tasks': f'{{"mine": "{mine}"}}', 'rl.max_prompt_tokens': str(longest), 'rl.long_prompts': how})
+@pytest.fixture
+def begin(monkeypatch, tmp_path):
+  """Returns a function (config) that begins a run, until the run raises Devices, where it would use devices."""
 
   def make_mesh(*_):
     raise Devices
@@ -273,8 +289,51 @@ def test_long_prompts_of_an_evaluation_are_refused_before_devices_are_used(
                      ('check_same_function', lambda *_: None), ('read_tokenizer', lambda *_: Scripted([])),
                      ('make_mesh', make_mesh)):
     monkeypatch.setattr(loop.setup, name, fake)
+  return lambda config: loop.train(config, str(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize('longest, how, error, message', [
+  (64, 'refuse', Devices, ''), (8, 'skip', Devices, ''),
+  (8, 'refuse', ConfigError, '1 of 3 prompts of mine have more than 8 tokens, the longest 15; raise it, or leave'),
+  (3, 'skip', ConfigError, '3 of 3 prompts of mine have more than 3 tokens, the longest 15; raise it$')])
+def test_long_prompts_of_an_evaluation_are_refused_before_devices_are_used(
+    parts, tmp_path, begin, longest, how, error, message):
+  """The prompts of the problems to train on are short."""
+  short = write(tmp_path / 'short.jsonl', *({'question': f'{i}', 'answer': '4'} for i in range(5)))
+  mine = parts([]).run.rl.task.uri
+  config = load.load('tests/tiny_rl.py:init_from=x', {
+    'rl.task.uri': f'jsonl:{short}', 'rl.task.held_out_fraction': '0', 'rl.keep_best': 'mine', 'rl.eval_prompts': '3',
+    'rl.eval_tasks': f'{{"mine": "{mine}"}}', 'rl.max_prompt_tokens': str(longest), 'rl.long_prompts': how})
   with pytest.raises(error, match=f'^config.rl.max_prompt_tokens: {message}' if message else None):
-    loop.train(config, str(tmp_path / 'run'))
+    begin(config)
+
+
+@pytest.mark.parametrize('uri, eval_prompts, error', [
+  ('jsonl', 3, Devices), ('reasoning:chain_sum?max_digits=6', 64, Devices),
+  ('reasoning:gcd?max_value=2', 64, DataError)])
+def test_a_run_is_not_trained_on_what_it_is_evaluated_on(parts, begin, monkeypatch, uri, eval_prompts, error):
+  """If there is nothing else to train on, the run ends before it uses devices."""
+  made = []
+  monkeypatch.setattr(loop, 'TaskSet', lambda *args, **how: made.append(TaskSet(*args, **how)) or made[-1])
+  uri = parts([]).run.rl.task.uri if uri == 'jsonl' else uri
+  config = load.load('tests/tiny_rl.py:init_from=x', {
+    'rl.task.uri': uri, 'rl.task.held_out_fraction': '0', 'rl.keep_best': '', 'rl.eval_prompts': str(eval_prompts),
+    'rl.eval_tasks': f'{{"mine": "{uri}"}}'})
+  with pytest.raises(error, match='to leave out because they are evaluated on' if error is DataError else None):
+    begin(config)
+  if error is Devices:
+    evaluated, train = made
+    asked = {task.question for task in evaluated.distinct(eval_prompts)}
+    assert len(asked) == eval_prompts and not asked & {train.at(i).question for i in range(64)}
+
+
+def test_all_processes_must_have_the_same_problems_and_reward_function(parts):
+  uri = parts([]).run.rl.task.uri
+  config = load.load('tests/tiny_rl.py:init_from=x', {'rl.task.uri': uri, 'rl.task.reward': 'mine.py:reward'})
+  path = uri.partition(':')[2]
+  assert loop.inputs(config) == {f'problems {path}': path, 'reward mine.py': 'mine.py'}
+  config.rl.task.reward = 'mine:reward'
+  assert loop.inputs(config) == {f'problems {path}': path}
 
 
 def test_a_step_without_a_decided_answer_has_no_pass_rate(parts):

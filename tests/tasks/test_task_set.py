@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import gzip
+import hashlib
 import itertools
 import json
 import pathlib
@@ -205,6 +206,42 @@ def test_endless_training_never_meets_a_held_out_question(uri):
   assert not hashes(without, 100) & set(train[:100])
 
 
+@pytest.mark.parametrize('uri', ['reasoning:chain_sum?max_digits=6', 'reasoning:chain_sum?max_digits=6+gcd'])
+def test_training_begins_with_other_problems_than_an_evaluation_on_the_same_task(uri):
+  c = TaskConfig('reasoning:chain_sum?max_digits=6')
+  asked = TaskSet(c, split='all').distinct(64)
+  assert asked == TaskSet(c, seed=1, split='all').distinct(64)  # all seeds are evaluated on the same problems
+  exclude = frozenset(question_hash(task.question) for task in asked)
+  train = TaskSet(dataclasses.replace(c, uri=uri), exclude=exclude)
+  assert not hashes(train, 64) & exclude
+
+
+def test_a_generator_with_few_problems_left_for_training_finds_them_or_says_so():
+  """There are about two hundred sums of two numbers of one digit."""
+  c = TaskConfig('reasoning:chain_sum?max_terms=2&max_digits=1', held_out_fraction=0.0)
+  everything = [question_hash(task.question) for task in TaskSet(c, split='all').distinct(1000)]
+  assert 150 < len(everything) < 250
+  rest = set(everything[:6])
+  assert hashes(TaskSet(c, exclude=frozenset(everything) - rest), 40) <= rest
+  # The search for different problems may have missed a few, so all of them are made sure of by their numbers.
+  every = frozenset(question_hash(f'State the final answer to the following arithmetic problem: {a} {sign} {b} =')
+                    for a in range(10) for b in range(10) for sign in '+-')
+  assert set(everything) <= every
+  with pytest.raises(DataError, match=r"2000 problems of chain_sum in a row are not in the 'train' split "
+                                      r'\(held_out_fraction=0.0\), or are among the 200 to leave out because'):
+    TaskSet(c, exclude=every)
+
+
+def test_different_questions(jsonl):
+  c = TaskConfig('reasoning:chain_sum?max_terms=2&max_digits=1', held_out_fraction=0.2)
+  tasks = TaskSet(c, split='held_out')
+  some, more = tasks.distinct(16), tasks.distinct(256)
+  assert len({question_hash(task.question) for task in more}) == len(more) and 16 < len(more) < 100
+  assert more[:16] == some and some[0] == tasks[0]
+  file = TaskSet(TaskConfig(jsonl(*({'question': f'Q{i // 300}', 'answer': f'{i}'} for i in range(601)))), split='all')
+  assert [task.reference for task in file.distinct(5)] == ['0', '300', '600']
+
+
 def test_endless_tasks_are_a_function_of_seed_and_index():
   c = TaskConfig('reasoning:chain_sum+gcd')
   one, again, other = TaskSet(c, seed=0), TaskSet(c, seed=0), TaskSet(c, seed=1)
@@ -274,17 +311,38 @@ def test_programs_as_tasks(tmp_path):
   assert train[0].verifier == train[0].answer_format == 'code' and '[BEGIN]' in train[0].prompt
 
 
-def test_a_reward_of_ones_own(jsonl, tmp_path):
-  (tmp_path / 'rewards.py').write_text('def brevity(answer, **_):\n  return 1 / len(answer)\n'
-                                       'def broken(answer, **_):\n  return answer.nothing\n')
+@pytest.fixture
+def rewards(tmp_path):
+  """Returns the path of a file with reward functions."""
+  path = tmp_path / 'rewards.py'
+  path.write_text('def brevity(answer, **_):\n  return 1 / len(answer)\n'
+                  'def broken(answer, **_):\n  return answer.nothing\n'
+                  'def reads(answer, **_):\n  import os\n  return os.system("true")\n'
+                  'def endless(answer, **_):\n  while True:\n    pass\n')
+  return path
+
+
+def test_a_reward_of_ones_own(jsonl, rewards):
   uri = jsonl({'question': 'q', 'answer': 'any\ntext'}, {'question': 'r', 'answer': '2'})
-  tasks = TaskSet(TaskConfig(uri, reward=f'{tmp_path}/rewards.py:brevity'), split='all')
+  tasks = TaskSet(TaskConfig(uri, reward=f'{rewards}:brevity'), split='all')
   assert [task.reference for task in tasks] == ['any\ntext', '2'] and tasks[0].verifier == 'reward'
-  for reward, message in ((f'{tmp_path}/rewards.py:broken', "AttributeError: 'str' object has no attribute 'nothing'"),
-                          (f'{tmp_path}/rewards.py:absent', 'AttributeError: .*absent'),
-                          (f'{tmp_path}/nowhere.py:f', 'nowhere.py'), ('no_such_module:f', 'no_such_module')):
+  assert tasks.reward_sha256 == hashlib.sha256(rewards.read_bytes()).hexdigest()
+  assert TaskSet(TaskConfig(uri), split='all').reward_sha256 == ''
+  for reward, message in ((f'{rewards}:absent', 'AttributeError: .*absent'), ('nowhere.py:f', 'nowhere.py'),
+                          ('no_such_module:f', 'no_such_module')):
     with pytest.raises(UserError, match=message):
       TaskSet(TaskConfig(uri, reward=reward), split='all')
+
+
+@pytest.mark.parametrize('source', ['reasoning:gcd', 'jsonl'])
+@pytest.mark.parametrize('reward, message', [
+  ('broken', "AttributeError: 'str' object has no attribute 'nothing'"), ('reads', 'the process .* touched the system'),
+  ('endless', 'no verdict before the deadline')])
+def test_a_reward_that_decides_nothing_is_refused(jsonl, rewards, source, reward, message):
+  uri = source if source != 'jsonl' else jsonl({'question': 'r', 'answer': '2'})
+  config = TaskConfig(uri, reward=f'{rewards}:{reward}')
+  with pytest.raises(DataError, match=f'^reward {rewards}:{reward}: {message}, when called with the first reference$'):
+    TaskSet(config, verifier=VerifierConfig(deadline_s=0.3))
 
 
 @pytest.mark.parametrize('field,value', [
@@ -294,6 +352,11 @@ def test_a_reward_of_ones_own(jsonl, tmp_path):
 def test_settings_are_checked(field, value):
   with pytest.raises(ValueError, match=f'^{field} '):
     TaskConfig(**{'uri': 'reasoning:gcd', field: value})
+
+
+def test_programs_have_no_reward_function():
+  with pytest.raises(ValueError, match=r"^reward must be empty for code:x, because tests judge programs, got 'a.py:f'"):
+    TaskConfig('code:x', reward='a.py:f')
 
 
 @pytest.mark.skipif(not bench.DATA.is_dir(), reason='no ../shared/data')

@@ -145,6 +145,25 @@ def test_a_new_worker_is_asked_if_all_are_killed_at_once(monkeypatch):
     assert verifier.counts['crashes'] == 0 and len(started) == verifier.counts['restarts'] == 2
 
 
+def test_an_idle_worker_that_dies_is_replaced(monkeypatch):
+  """Otherwise its closed pipe would wake up this process again and again until the call ends."""
+  with Verifier(VerifierConfig(workers=2, deadline_s=2.0)) as verifier:
+    while len(workers(verifier)) < 2 or not all(worker.ready for worker in workers(verifier)):
+      verifier.verify([(text, task('x+1')) for text in answers('x+2', 'x+3')])
+    waits, wait = [], worker_pool.WorkerPool._wait
+
+    def kill_the_idle_one(pool, *args):
+      waits.append(pool)
+      if idle := [worker for worker in old if worker.busy is None]:
+        idle[0].process.kill()
+      wait(pool, *args)
+
+    old = workers(verifier)
+    monkeypatch.setattr(worker_pool.WorkerPool, '_wait', kill_the_idle_one)
+    assert verifier.verify([(answers(ENDLESS)[0], task('x+1'))]) == [UNDECIDED]
+    assert len(waits) < 100 and verifier.counts['restarts'] == 2  # tens of thousands of times before
+
+
 def test_workers_that_cannot_start_are_an_error(tmp_path, monkeypatch):
   script = tmp_path / 'worker.py'
   monkeypatch.setattr(worker_pool, '_WORKER', script)
@@ -237,7 +256,7 @@ def reward(text, answer, reference, question):
 def test_a_reward_function_of_the_users_own(tmp_path, monkeypatch):
   """The function runs in a worker process, under the worker's limits.
 
-  If it raises an exception, the sample is undecided. The message of the first exception is kept.
+  If it raises an exception, the sample is undecided. The reason of the first undecided sample is kept.
   """
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'mine.py').write_text(REWARDS)
@@ -247,7 +266,7 @@ def test_a_reward_function_of_the_users_own(tmp_path, monkeypatch):
     assert [grade.verdict for grade in grades] == [WRONG, RIGHT, WRONG, UNDECIDED, UNDECIDED, UNDECIDED, WRONG]
     assert [grade.reward for grade in grades[:3]] == [0.5, 1.0, -1.0] and grades[6].reward == -1.0
     assert verifier.counts['errors'] == 2 and verifier.counts['refused'] == 1
-    assert verifier.first_error == 'RuntimeError: no idea' and not (tmp_path / 'canary').exists()
+    assert verifier.why_undecided == 'RuntimeError: no idea' and not (tmp_path / 'canary').exists()
     with pytest.raises(VerifierError, match="verifier worker 'reward mine.py:absent': .*absent"):
       verifier.grade([(answers('x')[0], task('', 'reward', entry='mine.py:absent'))])
 

@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from betarank.eval.report import agreement, arms, comparisons, curves, sections, words
+from betarank.eval import sampling_metrics
+from betarank.eval.report import agreement, arms, comparisons, curves, runs, sections, words
 from tests.eval import sweep
 
 AFTER = 'pre-training → RL'
@@ -225,18 +226,30 @@ def test_only_samples_drawn_alike_are_averaged(tmp_path):
   assert [line.seeds for line in curves.pass_curve(found, 'pre-training', 'amc23')] == [1]
 
 
-def test_runs_whose_evaluations_leave_other_problems_to_training_are_not_compared(tmp_path):
-  for name, beta, kept in (('ce', 0.0, 'c' * 64), ('low', -0.25, 'd' * 64), ('high', 0.5, None)):
+def test_samples_are_paired_by_question():
+  """The first two problems have the same question. One of two sets of samples lacks the third problem."""
+  line = lambda problem, question, verdict: {'problem': problem, 'question': question, 'sample': 0, 'verdict': verdict,
+                                             'group': 0, 'tokens': 1, 'finish': 'stop'}
+  lines = [line(0, 'a', 'right'), line(1, 'a', 'wrong'), line(2, 'b', 'right'), line(3, 'c', 'wrong')]
+  sets = [runs.SampleSet({}, sampling_metrics.collect(some), []) for some in (lines, lines[:2] + lines[3:])]
+  values_SP, problems = comparisons.aligned(sets, lambda metrics: metrics['avg_at_n'])
+  assert problems == ['0', '3'] and values_SP.tolist() == [[0.5, 0.0]] * 2
+
+
+@pytest.mark.parametrize('key, what', [
+  ('kept', 'other problems left to training by the evaluations'), ('reward', 'another reward function')])
+def test_runs_with_other_problems_left_to_training_or_another_reward_function_are_not_compared(tmp_path, key, what):
+  for name, beta, known in (('ce', 0.0, 'c' * 64), ('low', -0.25, 'd' * 64), ('high', 0.5, None)):
     sweep.run(tmp_path / 'pre' / name, objective={'beta': beta}, seed=0, steps=20, entropy=1.0)
     rl = tmp_path / 'rl' / name
     sweep.run(rl, objective={}, seed=0, steps=5, entropy=1.0, init_from=tmp_path / 'pre' / name / 'checkpoints' / '20')
     (path,) = rl.glob('checkpoints/5/meta/metadata')
     meta = json.loads(path.read_text())
-    meta['cursor'] |= {'kept': kept} if kept else {}
+    meta['cursor'] |= {key: known} if known else {}
     path.write_text(json.dumps(meta))
   found = {run.path.name: run for run in arms.read_sweep(tmp_path).runs if run.is_rl}
   differing = lambda name: agreement.disagreements(found['ce'], found[name])
-  assert differing('low') == ['other problems left to training by the evaluations (cccccccccccc against dddddddddddd)']
+  assert differing('low') == [f'{what} (cccccccccccc against dddddddddddd)']
   assert differing('high') == []  # from before this was recorded
 
 
