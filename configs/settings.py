@@ -259,8 +259,10 @@ RL_SECTION = dict(
   ),
   loss=dict(
     name=S('clip_higher', IDENTITY, 'policy loss: clip_higher | cispo | gspo | ...; see docs/rl.md'),
-    eps_low=S(0.2, IDENTITY, 'the ratio is clipped below 1 - eps_low; published: gspo 3e-4, cispo 1 (no limit)'),
-    eps_high=S(0.28, IDENTITY, 'the ratio is clipped above 1 + eps_high; published: gspo 4e-4, cispo 4'),
+    eps_low=S(0.2, IDENTITY, 'the ratio is clipped below 1 - eps_low; to be set for gspo (published: 3e-4) and cispo '
+              '(1: no limit). Not used with cov=kl_cov'),
+    eps_high=S(0.28, IDENTITY, 'the ratio is clipped above 1 + eps_high; to be set for gspo (published: 4e-4) and cispo '
+               '(4). Not used with cov=kl_cov'),
     dual_clip=S(0.0, IDENTITY, 'clip_higher only: largest ratio that counts where the advantage is negative (dual '
                 'clip, usually 3); 0: no limit'),
     aggregation=S('token_mean', IDENTITY, 'how token losses are averaged: token_mean | sequence_mean | constant'),
