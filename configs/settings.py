@@ -227,8 +227,8 @@ RL_SECTION = dict(
                  'if problems to train on are unlimited, when such a prompt comes) | skip (left out and counted)'),
   zero_variance_groups=S('auto', IDENTITY, 'groups whose rewards are all equal: replace (dynamic sampling) | keep | '
                          'auto (keep for w_reinforce, whose advantages compare nothing; else replace)'),
-  repeat_zero_variance=S(1.0, IDENTITY, 'difficulty filter: prompts that were always or never solved when last asked '
-                         'are asked again in this share of their turns, and passed over in the others; 1: no filter'),
+  repeat_zero_variance=S(1.0, IDENTITY, 'difficulty filter: prompts whose last group had zero variance are asked again '
+                         'in this share of their turns, at least 0.001, and passed over in the others; 1: no filter'),
   minibatches=S(1, IDENTITY, 'updates per step; 1 is on-policy. The paper leaves it open'),
   microbatch_tokens=S(0, EXECUTION, 'tokens of an update that a device computes at the same time; 0: 4096. At '
                       'least those of the longest prompt and answer'),

@@ -47,6 +47,11 @@ def test_a_cut_off_answer_that_is_not_right_gets_nothing_whatever_its_score(trun
   assert penalized == [-1, -1, 0.5]
 
 
+def test_the_length_limit_of_the_rewards_is_that_of_the_phase():
+  rl = rl_run(load.load('tests/tiny_rl.py:init_from=x', {'rl.max_new_tokens': '[4, 28]', 'rl.phase_steps': '[2]'})).rl
+  assert [rl.reward_rule(step).longest for step in (1, 2, 3)] == [4, 4, 28]
+
+
 def test_a_group_that_is_right_throughout_does_not_vary_by_its_lengths():
   rule = RewardRule('zero', longest=10, overlong_buffer=4)
   assert not vary(rule, [1, 1], [RIGHT, RIGHT], [sample(2), sample(9)])
