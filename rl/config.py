@@ -118,7 +118,7 @@ class RlConfig:
 
   @property
   def keeps_zero_variance(self) -> bool:
-    """True if groups with equal rewards are kept for the update; False if groups of new prompts replace them."""
+    """True if zero-variance groups are kept for the update; False if groups of new prompts replace them."""
     if self.zero_variance_groups == 'auto':
       return self.advantage.name == 'w_reinforce'
     return self.zero_variance_groups == 'keep'
@@ -211,7 +211,7 @@ class RlRun:
 
   @property
   def updates(self) -> int:
-    """The number of optimizer updates in the whole run, if none is left out for lack of samples."""
+    """The number of optimizer updates in the whole run, if none is left out."""
     return self.rl.steps * self.rl.minibatches
 
 

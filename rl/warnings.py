@@ -20,8 +20,8 @@ def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
   last = lambda steps: history[-steps:] if len(history) >= steps else []
   recent = lambda name, steps: [line[name] for line in last(steps) if name in line]
   if (learned := recent('train/groups_learned_from', QUIET_STEPS)) and not any(learned):
-    found['no signal'] = (f'no group had reward variance for {QUIET_STEPS} steps, so nothing is learned: the problems '
-                          'are too hard or too easy for this model, or its answers are not in the expected format')
+    found['no signal'] = (f'no group could be learned from for {QUIET_STEPS} steps: the problems are too hard or '
+                          'too easy for this model, or its answers are not in the expected format')
   if (shares := recent('train/truncated_share', TRUNCATED_STEPS)) and min(shares) > 0.95:
     found['truncated'] = (f'over 95 % of answers were cut off for {TRUNCATED_STEPS} steps: config.rl.max_new_tokens '
                           'is too small, or the model does not end its answers')
