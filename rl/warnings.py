@@ -3,18 +3,25 @@
 For a finished run, the report looks for similar signs of trouble (eval/report/oddities.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 QUIET_STEPS = 10  # warn after so many steps without a group to learn from
+FIRST_STEPS = 5  # the entropy at the start is a mean over so many steps
 TRUNCATED_STEPS = 10  # warn after so many steps in which nearly all answers were cut off
 FLAT_STEPS = 100  # warn if the pass rate hasn't changed over so many steps
 COLLAPSED = 0.1  # warn if the entropy of drawn tokens falls below this share of its first values
 
 
+def used(lines: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
+  """Returns the lines of a run's metrics.jsonl that `warnings` needs: those of the first and the last steps."""
+  steps = [line for line in lines if 'train/groups_learned_from' in line]
+  return steps[:FIRST_STEPS] + steps[FIRST_STEPS:][-FLAT_STEPS:]
+
+
 def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
   """Returns the warnings as {kind: text}. Each text is one line.
 
-  history: the figures of each step, as rl/loop.py logs them, oldest first.
+  history: the figures of each step, as rl/loop.py logs them, oldest first. Those that `used` leaves out change nothing.
   """
   found = {}
   last = lambda steps: history[-steps:] if len(history) >= steps else []
@@ -31,9 +38,10 @@ def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
       found['flat'] = f'the pass rate has not moved for {FLAT_STEPS} steps ({_mean(rates):.3f})'
   if len(history) >= 20:
     entropies = [line['train/entropy_drawn_nats'] for line in history]
-    if _mean(entropies[-5:]) < COLLAPSED * _mean(entropies[:5]):
-      found['collapse'] = (f'entropy fell from {_mean(entropies[:5]):.3f} to {_mean(entropies[-5:]):.3f} nats: the '
-                           'samples of a prompt are nearly all the same')
+    first, now = _mean(entropies[:FIRST_STEPS]), _mean(entropies[-FIRST_STEPS:])
+    if now < COLLAPSED * first:
+      found['collapse'] = (f'entropy fell from {first:.3f} to {now:.3f} nats: the samples of a prompt are nearly all '
+                           'the same')
   return found
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from betarank.configs import load
 from betarank.configs.errors import ConfigError
@@ -11,7 +12,8 @@ from betarank.rl import policy_losses as pl
 from betarank.rl.config import rl_run
 from betarank.rl.loop import check_held_out
 from betarank.rl.rewards import RewardRule, rewards, vary
-from betarank.rl.warnings import warnings
+from betarank.rl.warnings import used, warnings
+from betarank.runtime.metrics import JsonLines, lines_of
 from betarank.tasks.verifiers import Verdict
 from betarank.train import setup
 from betarank.train.sampler import Sample
@@ -135,6 +137,22 @@ def test_warnings_come_at_their_thresholds(kind, odd, well):
   assert kind in warnings(odd)
   assert kind not in warnings(odd[:-1]) and kind not in warnings(well)
   assert not warnings([step(pass_rate=0.3 + i / 200) for i in range(100)])
+
+
+def test_a_resumed_run_gives_the_warnings_of_an_uninterrupted_one(tmp_path):
+  path = epath.Path(tmp_path / 'metrics.jsonl')
+  lines = [step(entropy_drawn_nats=0.8, pass_rate=i / 100) for i in range(15)] + [step(entropy_drawn_nats=0.04)] * 150
+  file = JsonLines(path, -1)
+  for i, line in enumerate(lines, 1):
+    file.write(i, {'eval/held_out/avg_at_4': 0.5})
+    file.write(i, line)
+  for start in (120, 15):
+    JsonLines(path, start)  # which removes the lines of later steps
+    history, whole = used(lines_of(path)), lines[:start]
+    for line in lines[start:]:
+      history, whole = used([*history, line]), [*whole, line]
+      assert warnings(history) == warnings(whole) and len(history) <= 105
+    assert warnings(history).keys() == {'collapse', 'flat'}
 
 
 @pytest.mark.parametrize('name, shape', [
