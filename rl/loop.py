@@ -146,7 +146,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       # Someone deleted the best checkpoint, or --fallback went back to a step before it.
       progress = dataclasses.replace(progress, best=None)
     log = stack.enter_context(contextlib.closing(setup.open_log(
-      root, config, start=start, steps=run.steps, describe=describe_figures)))
+      root, config, start=start, steps=run.steps, describe=functools.partial(
+        describe_figures, score='reward' if rl.task.reward else 'pass'))))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
@@ -479,12 +480,15 @@ def describe_step(
   return {f'train/{name}': value for name, value in found.items()}
 
 
-def describe_figures(values: dict[str, float]) -> list[str]:
-  """Returns the figures to print for a step, the most important ones first."""
+def describe_figures(values: dict[str, float], score: str = 'pass') -> list[str]:
+  """Returns the figures to print for a step, the most important ones first.
+
+  score: the name to print for the mean score of the answers.
+  """
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
   learned = ([f'entropy {v["entropy_nats"]:.3f}', f'|g| {v["grad_norm"]:.2f}',
               f'sampler gap {v["sampler_gap_mean"]:.0e}'] if 'grad_norm' in v else ['no update'])
-  return [f'pass {v["pass_rate"]:.3f}' if 'pass_rate' in v else 'undecided', *learned[:1],
+  return [f'{score} {v["pass_rate"]:.3f}' if 'pass_rate' in v else 'undecided', *learned[:1],
           f'zero-variance groups {100 * v["zero_variance_groups"]:.0f}%', *learned[1:],
           f'length {v["length_tokens"]:.1f}', f'truncated {100 * v["truncated_share"]:.0f}%',
           f'{v["tokens_per_s"]:,.0f} tok/s drawn']

@@ -227,6 +227,7 @@ def test_figures_of_a_reward_of_ones_own_are_its_means(parts, tmp_path):
   kept, seen, progress = step(p)
   figures = figures_of(p, kept, seen, progress)
   assert figures['train/pass_rate'] == -0.25 and figures['train/undecided'] == 0
+  assert loop.describe_figures({**figures, 'time/tokens_per_s': 1.0}, 'reward')[0] == 'reward -0.250'
   assert figures['train/tokens'] == 2 * 2 * 4 and figures['train/prompts_passed_over'] == progress.prompts - 4
 
 
