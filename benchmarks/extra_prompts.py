@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks.rollout import SMOKE
 from betarank import model
 from betarank.rl import loop
+from betarank.rl.advantages import AdvantageConfig
 from betarank.rl.progress import Progress
 from betarank.rl.rewards import RewardRule
 from betarank.tasks.verifiers import Grade, Verdict
@@ -71,7 +72,7 @@ def make_step(sampler, problems, extra):
   rl = types.SimpleNamespace(
     prompts_per_step=PROMPTS, group_size=SAMPLES, max_resampling_rounds=ROUNDS, extra_prompts=extra,
     keeps_zero_variance=False, repeat_zero_variance=1.0, long_prompts='refuse', phase=lambda step: 0,
-    reward_rule=lambda step: RewardRule('zero', LONGEST))
+    reward_rule=lambda step: RewardRule('zero', LONGEST), advantage=AdvantageConfig())
   parts = types.SimpleNamespace(
     run=types.SimpleNamespace(rl=rl, seed=0), tasks=problems, tokenizer=problems, verifier=problems, samplers=[sampler])
   return lambda params, step: loop.sample_and_judge(parts, params, Progress(prompts=1000 * step), step)[1]
@@ -92,7 +93,7 @@ def measure(share, extras, repeats):
       found[extra] = [sample.tokens.tolist() for group in groups for sample in group.samples]
     if any(tokens != found[extras[0]] for tokens in found.values()):
       raise SystemExit('extra prompts changed the samples')
-  learned = sum(group.has_reward_variance(RewardRule('zero', LONGEST)) for group in groups)
+  learned = sum(group.has_reward_variance(RewardRule('zero', LONGEST), AdvantageConfig()) for group in groups)
   tokens = np.mean([len(tokens) for tokens in found[extras[0]]])
   print(f'{len(groups)} groups, {learned} to learn from, {tokens:.0f} tokens per answer')
   print(f'{"extra prompts":>13}{"seconds":>9}{"relative":>10}')

@@ -219,17 +219,18 @@ RL_SECTION = dict(
   max_new_tokens=S((8192, 16_384), IDENTITY, 'longest answer, in tokens, one number per phase'),
   phase_steps=S((700,), IDENTITY, 'last step of each phase but the last'),
   **DECODING,
-  truncated_reward=S('zero', IDENTITY, 'wrong answers that are cut off by the length limit: zero (get reward 0) | '
-                     'masked (are left out of the loss). The paper leaves it open'),
+  truncated_reward=S('zero', IDENTITY, 'answers that are cut off by the length limit and not right: zero (get reward '
+                     '0) | masked (are left out of the loss). Right ones keep theirs. The paper leaves it open'),
   overlong_buffer=S(0, IDENTITY, 'soft penalty for long answers (DAPO): the number of tokens before the length limit '
                     'in which it falls from 0 to -1; 0: no penalty'),
   temperature=S(1.0, IDENTITY, 'temperature of sampling, and of the log-probabilities in the loss'),
   long_prompts=S('refuse', DATA, 'prompts of more than max_prompt_tokens: refuse (an error: before the run starts or, '
                  'if problems to train on are unlimited, when such a prompt comes) | skip (left out and counted)'),
-  zero_variance_groups=S('auto', IDENTITY, 'groups whose rewards are all equal: replace (dynamic sampling) | keep | '
-                         'auto (keep for w_reinforce, whose advantages compare nothing; else replace)'),
-  repeat_zero_variance=S(1.0, IDENTITY, 'difficulty filter: prompts that were always or never solved when last asked '
-                         'are asked again in this share of their turns, and passed over in the others; 1: no filter'),
+  zero_variance_groups=S('auto', IDENTITY, 'groups whose rewards are all equal, with pass_at_k also groups with fewer '
+                         'than k wrong answers: replace (dynamic sampling) | keep | auto (keep for w_reinforce, whose '
+                         'advantages compare nothing; else replace)'),
+  repeat_zero_variance=S(1.0, IDENTITY, 'difficulty filter: prompts whose last group had zero variance are asked again '
+                         'in this share of their turns, at least 0.001, and passed over in the others; 1: no filter'),
   minibatches=S(1, IDENTITY, 'updates per step; 1 is on-policy. The paper leaves it open'),
   microbatch_tokens=S(0, EXECUTION, 'tokens of an update that a device computes at the same time; 0: 4096. At '
                       'least those of the longest prompt and answer'),
@@ -260,8 +261,10 @@ RL_SECTION = dict(
   ),
   loss=dict(
     name=S('clip_higher', IDENTITY, 'policy loss: clip_higher | cispo | gspo'),
-    eps_low=S(0.2, IDENTITY, 'the ratio is clipped below 1 - eps_low; published: gspo 3e-4, cispo 1 (no limit)'),
-    eps_high=S(0.28, IDENTITY, 'the ratio is clipped above 1 + eps_high; published: gspo 4e-4, cispo 4'),
+    eps_low=S(0.2, IDENTITY, 'the ratio is clipped below 1 - eps_low, but not with cov=kl_cov; published: gspo 3e-4, '
+              'cispo 1 (no limit)'),
+    eps_high=S(0.28, IDENTITY, 'the ratio is clipped above 1 + eps_high, but not with cov=kl_cov; published: gspo '
+               '4e-4, cispo 4'),
     dual_clip=S(0.0, IDENTITY, 'clip_higher only: largest ratio that counts where the advantage is negative (dual '
                 'clip, usually 3); 0: no limit'),
     aggregation=S('token_mean', IDENTITY, 'how token losses are averaged: token_mean | sequence_mean | constant'),

@@ -4,7 +4,8 @@ Every function takes rewards_PG (float32) and valid_PG (bool) and returns float3
 in rl/rewards.py) are left out of all means and get advantage 0, even if their reward is NaN.
 
 A group has zero variance if fewer than two of its rewards are valid, or if all valid rewards are equal. All samples of
-such a group get exactly 0, except in `w_reinforce`, which doesn't compare samples with each other.
+such a group get exactly 0, except in `w_reinforce`, which doesn't compare samples with each other. `pass_at_k` also
+gives 0 to all samples of a group with fewer than k wrong answers.
 
 The functions use NumPy, not JAX: the number of groups changes from step to step, and JAX would compile every operation
 again for each new shape.

@@ -79,11 +79,11 @@ class RlConfig:
       raise ValueError(f'group_size must be >= 2 (an advantage compares a group), got {self.group_size}')
     if self.advantage.name == 'pass_at_k' and self.advantage.k > self.group_size:
       raise ValueError(f'advantage.k must be at most group_size = {self.group_size}, got {self.advantage.k}')
+    if list(self.phase_steps) != sorted(set(self.phase_steps)) or min(self.phase_steps, default=1) < 1:
+      raise ValueError(f'phase_steps must be >= 1 and rise, got {self.phase_steps}')
     if len(self.max_new_tokens) != len(self.phase_steps) + 1 or min(self.max_new_tokens) < 1:
       raise ValueError('max_new_tokens must have one length per phase, one more than phase_steps = '
                        f'{self.phase_steps}, got {self.max_new_tokens}')
-    if list(self.phase_steps) != sorted(set(self.phase_steps)):
-      raise ValueError(f'phase_steps must rise, got {self.phase_steps}')
     if self.prompts_per_step % self.minibatches:
       raise ValueError(f'minibatches must divide prompts_per_step = {self.prompts_per_step}, got {self.minibatches}')
     if self.loss.cov == 'kl_cov' and self.minibatches == 1:
@@ -104,8 +104,8 @@ class RlConfig:
     if self.keep_best and self.keep_best not in sets:
       raise ValueError('keep_best must be empty or an evaluation set of this run '
                        f'({", ".join(sets) or "there is none"}), got {self.keep_best!r}')
-    if not 0 < self.repeat_zero_variance <= 1:
-      raise ValueError(f'repeat_zero_variance must be > 0 and at most 1, got {self.repeat_zero_variance}')
+    if not 0.001 <= self.repeat_zero_variance <= 1:  # with less, a step might skip prompts almost forever
+      raise ValueError(f'repeat_zero_variance must be from 0.001 to 1, got {self.repeat_zero_variance}')
     if self.repeat_zero_variance < 1 and self.task.uri.startswith('reasoning:'):
       raise ValueError('repeat_zero_variance must be 1 with generated problems, which never come twice, got '
                        f'{self.repeat_zero_variance}')
@@ -118,7 +118,7 @@ class RlConfig:
 
   @property
   def keeps_zero_variance(self) -> bool:
-    """True if groups with equal rewards are kept for the update; False if groups of new prompts replace them."""
+    """True if zero-variance groups are kept for the update; False if groups of new prompts replace them."""
     if self.zero_variance_groups == 'auto':
       return self.advantage.name == 'w_reinforce'
     return self.zero_variance_groups == 'keep'
@@ -211,7 +211,7 @@ class RlRun:
 
   @property
   def updates(self) -> int:
-    """The number of optimizer updates in the whole run, if none is left out for lack of samples."""
+    """The number of optimizer updates in the whole run, if none is left out."""
     return self.rl.steps * self.rl.minibatches
 
 

@@ -11,7 +11,7 @@ samples per prompt at temperature 1, a constant learning rate, and no KL term.
 The samples of a step depend only on the parameters, the seed, the step and the prompt numbers. The checkpoint holds the
 number of prompts used so far, so a killed run resumes exactly.
 
-# P prompts  G samples per prompt  B rows  T tokens
+# B rows  T tokens
 """
 
 import contextlib
@@ -33,16 +33,14 @@ from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.stop import StopSignal
 from betarank.data.reasoning import question_hash
 from betarank.rl import entropy, packing, policy_losses
-from betarank.rl.advantages import advantages
 from betarank.rl.config import RlConfig, RlRun, rl_run
 from betarank.rl.packing import Answer, Microbatch
 from betarank.rl.progress import Best, Progress
-from betarank.rl.rewards import RewardRule
 from betarank.rl.rollout import Group, check_prompts, graded_groups, prompt_tokens
 from betarank.rl.update import Update, cov_tokens, make_update
-from betarank.rl.warnings import warnings
+from betarank.rl.warnings import used, warnings
 from betarank.runtime import checkpoint, job, wandb_board, workdir
-from betarank.runtime.metrics import Log
+from betarank.runtime.metrics import Log, lines_of
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
 from betarank.tasks import task_set
@@ -150,7 +148,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       # Someone deleted the best checkpoint, or --fallback went back to a step before it.
       progress = dataclasses.replace(progress, best=None)
     log = stack.enter_context(contextlib.closing(setup.open_log(
-      root, config, start=start, steps=run.steps, describe=describe_figures)))
+      root, config, start=start, steps=run.steps, describe=functools.partial(
+        describe_figures, score='reward' if rl.task.reward else 'pass'))))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
@@ -172,7 +171,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     lineage = setup.lineage(config, beginning, tokenizer, tokenizer_path)
     profile = stack.enter_context(contextlib.closing(Profile(root, first_and_last(run.log.profile_steps))))
     last: dict[str, float] = {}
-    history: list[dict[str, float]] = []
+    history = used(lines_of(root / 'metrics.jsonl'))  # of the steps up to `start`
     warned: set[str] = set()
 
     if not start:
@@ -189,11 +188,11 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if not all(math.isfinite(learned.get(name, 0.0)) for name in ('policy_loss', 'grad_norm')):
         raise RlError(f'step {step}: loss is {learned["policy_loss"]}, gradient norm {learned["grad_norm"]}; '
                       f'{checkpoints.describe()}')
-      last = {**describe_step(learned, kept, seen, progress.prompts - before, rl.reward_rule(step)),
+      last = {**describe_step(learned, kept, seen, progress.prompts - before, rl, step),
               'time/step_s': ended - began, 'time/rollout_s': sampled - began, 'time/update_s': ended - sampled,
               'time/tokens_per_s': sum(len(s.tokens) for group in seen for s in group.samples) / (sampled - began)}
       log.train(step, last)
-      history.append(last)
+      history = used([*history, last])
       for kind, text in warnings(history, verifier.why_undecided).items():
         if kind not in warned:
           log.say(f'warning: {text}')
@@ -237,9 +236,10 @@ def sample_and_judge(
 ) -> tuple[list[Group], list[Group], Progress]:
   """Draws groups of samples for a step, and judges them.
 
-  A group whose scores are all equal is replaced by the group of the next prompt (dynamic sampling: DAPO, arXiv
-  2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. The new prompt goes to the sampler as soon as the old
-  group is judged, while other groups are still being drawn. `prompts_wanted` limits the number of prompts of the step.
+  A zero-variance group (see `Group.has_reward_variance`) is replaced by the group of the next prompt (dynamic sampling:
+  DAPO, arXiv 2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. The new prompt goes to the sampler as soon
+  as the old group is judged, while other groups are still being drawn. `prompts_wanted` limits the number of prompts of
+  the step.
 
   If `rl.extra_prompts` > 0, up to that many further prompts go to the sampler before it is known whether the step needs
   them. The step ends when all groups that it needs are judged, and drops the others, so this setting doesn't change the
@@ -270,7 +270,7 @@ def sample_and_judge(
     return new
 
   def note(judged):
-    varies.update((group.cursor, group.has_reward_variance(rule)) for group in judged)
+    varies.update((group.cursor, group.has_reward_variance(rule, rl.advantage)) for group in judged)
 
   def more(judged):
     note(judged)
@@ -282,9 +282,9 @@ def sample_and_judge(
     seed=parts.run.seed, step=step, more=more)
   note(groups)
   seen = groups[: wanted(False)]
-  learns = [varies[group.cursor] for group in seen]
-  progress = after[len(seen)].recorded(parts.tasks, zip(asked, learns))
-  return [group for group, good in zip(seen, learns) if good or rl.keeps_zero_variance], seen, progress
+  compared = [group.cursor for group in seen if sum(group.rewards(rule)[1]) > 1]  # undecided answers show nothing
+  progress = after[len(seen)].recorded(parts.tasks, [(number, varies[number]) for number in compared])
+  return [group for group in seen if varies[group.cursor] or rl.keeps_zero_variance], seen, progress
 
 
 def prompts_wanted(agree: Sequence[bool], first: int, rounds: int) -> int:
@@ -321,23 +321,22 @@ def minibatches(parts: Parts, groups: list[Group], step: int) -> list[list[Micro
 
   Returns the microbatches of each update. Each update learns from rl.prompts_per_step / rl.minibatches groups, in the
   order of their prompts. If the step has too few groups, the last updates have fewer groups. Invalid samples (see
-  `rewards` in rl/rewards.py) are left out. An update without samples is left out too, because the optimizer would move
-  the weights by its momentum. The result is [] if no samples are left.
+  `rewards` in rl/rewards.py) are left out.
+
+  An update is left out if it has no samples or, without a KL term, if all its advantages are 0. It would learn nothing,
+  but the optimizer would move the weights by momentum and weight decay. The result is [] if no update is left.
   """
-  if not groups:
-    return []
-  rl = parts.run.rl
-  rule = rl.reward_rule(step)
-  rewards_PG, valid_PG = map(np.array, zip(*(group.rewards(rule) for group in groups)))
-  advantages_PG = advantages(rl.advantage, rewards_PG, valid_PG)
+  rl, rule = parts.run.rl, parts.run.rl.reward_rule(step)
   of = row_shapes(rl, rl.max_new_tokens[rl.phase(step)], parts.rows_by_token.mesh.shape)
   each = rl.prompts_per_step // rl.minibatches
   answers = [
     [Answer(group.prompt, sample, float(advantage))
-     for group, advantages_G, valid_G in zip(groups[at : at + each], advantages_PG[at:], valid_PG[at:])
-     for sample, advantage, valid in zip(group.samples, advantages_G, valid_G) if valid]
+     for group in groups[at : at + each]
+     for sample, advantage, valid in zip(
+       group.samples, group.advantages(rule, rl.advantage), group.rewards(rule)[1]) if valid]
     for at in range(0, len(groups), each)]
-  return [packing.microbatches(part, of, parts.rows_by_token) for part in answers if part]
+  return [packing.microbatches(part, of, parts.rows_by_token) for part in answers
+          if part and (rl.loss.kl_weight or any(answer.advantage for answer in part))]
 
 
 def learn(
@@ -460,18 +459,21 @@ def _evaluate(parts: Parts, params: Any, name: str, tasks: list[Task], step: int
 
 
 def describe_step(
-  learned: dict[str, float], kept: list[Group], seen: list[Group], consumed: int, rule: RewardRule
+  learned: dict[str, float], kept: list[Group], seen: list[Group], consumed: int, rl: RlConfig, step: int
 ) -> dict[str, float]:
   """Returns the figures of a step, under the names that are logged.
 
   Args:
     learned: the figures of the update; {} if there was no update.
-    kept: the groups for the update. Those without a valid sample don't count as learned from.
+    kept: the groups for the update. Those whose advantages are all 0 don't count as learned from.
     seen: all groups that the step needed, including zero-variance groups.
     consumed: the number of prompts that the step used or skipped (see `Progress.next_prompts`).
-    rule: the reward rule of the step.
+    rl: the settings.
+    step: the number of the step.
   """
-  used = sum(any(group.rewards(rule)[1]) for group in kept)
+  rule = rl.reward_rule(step)
+  used = sum(bool(group.advantages(rule, rl.advantage).any()) for group in kept)
+  varied = sum(group.has_reward_variance(rule, rl.advantage) for group in seen)
   verdicts = [verdict for group in seen for verdict in group.verdicts]
   scores = [score for group in seen for score in group.scores]  # NaN where undecided
   samples = [sample for group in seen for sample in group.samples]
@@ -483,7 +485,7 @@ def describe_step(
     'entropy_drawn_nats': -sum(float(sample.logp.sum(dtype=np.float64)) for sample in samples) / tokens,
     **({'pass_rate': float(np.nansum(scores)) / decided} if decided else {}),
     'undecided': float(sum(v == Verdict.UNDECIDED for v in verdicts)),
-    'zero_variance_groups': 1 - used / len(seen),
+    'zero_variance_groups': 1 - varied / len(seen),
     'groups_learned_from': float(used),
     'prompts_passed_over': float(consumed - len(seen)),
     'tokens': float(tokens),
@@ -493,12 +495,15 @@ def describe_step(
   return {f'train/{name}': value for name, value in found.items()}
 
 
-def describe_figures(values: dict[str, float]) -> list[str]:
-  """Returns the figures to print for a step, the most important ones first."""
+def describe_figures(values: dict[str, float], score: str = 'pass') -> list[str]:
+  """Returns the figures to print for a step, the most important ones first.
+
+  score: the name to print for the mean score of the answers.
+  """
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
   learned = ([f'entropy {v["entropy_nats"]:.3f}', f'|g| {v["grad_norm"]:.2f}',
               f'sampler gap {v["sampler_gap_mean"]:.0e}'] if 'grad_norm' in v else ['no update'])
-  return [f'pass {v["pass_rate"]:.3f}' if 'pass_rate' in v else 'undecided', *learned[:1],
+  return [f'{score} {v["pass_rate"]:.3f}' if 'pass_rate' in v else 'undecided', *learned[:1],
           f'zero-variance groups {100 * v["zero_variance_groups"]:.0f}%', *learned[1:],
           f'length {v["length_tokens"]:.1f}', f'truncated {100 * v["truncated_share"]:.0f}%',
           f'{v["tokens_per_s"]:,.0f} tok/s drawn']

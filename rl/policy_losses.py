@@ -194,7 +194,9 @@ KL_ESTIMATORS = {'k1': kl_k1, 'k2': kl_k2, 'k3': kl_k3}
 
 
 # Clip-Cov and KL-Cov select the tokens that lower the entropy most. They select from the whole batch at once, by the
-# old log-probabilities, so the number of microbatches doesn't change the selection. Source: arXiv 2505.22617 sec. 4.2.
+# old log-probabilities, so the number of microbatches doesn't change the selection. The authors' code selects from each
+# microbatch by the current log-probabilities, which differ from the old ones after the first update of a step. Source:
+# arXiv 2505.22617 sec. 4.2.
 
 
 def token_covariance(old_logp_BT, advantages_BT, mask_BT):
@@ -228,6 +230,11 @@ def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4
 
 def kl_cov_tokens(old_logp_BT, advantages_BT, mask_BT, *, share=2e-4):
   """Selects the tokens that get KL-Cov's penalty, those with the highest `token_covariance`. Returns bool [B, T].
+
+  With KL-Cov, no ratio is clipped, at whatever token:
+
+      L = -r A + kl_cov_weight |logp - old_logp|   at the selected tokens
+      L = -r A                                     at all others
 
   share: the number of selected tokens, divided by the number of tokens in the mask. At least one token is selected.
   """
@@ -302,9 +309,13 @@ class PolicyLossConfig:
       raise ValueError(f'eps_high must be >= 0, got {self.eps_high}')
     if self.dual_clip and not (self.name == 'clip_higher' and 1 + self.eps_high <= self.dual_clip < math.inf):
       raise ValueError(f'dual_clip must be 0, or at least 1 + eps_high with name = clip_higher, got {self.dual_clip}')
-    for name in ('eps_low', 'eps_high'):
+    if self.dual_clip and self.cov == 'kl_cov':
+      raise ValueError(f'dual_clip must be 0 with cov = kl_cov, which clips nothing, got {self.dual_clip}')
+    for name in ('eps_low', 'eps_high'):  # the defaults are those of clip_higher
       if self.name == 'gspo' and getattr(self, name) > 0.05:  # its ratio, a geometric mean, stays near 1
         raise ValueError(f'{name} must be small for gspo (its paper: 3e-4, 4e-4), got {getattr(self, name)}')
+      if self.name == 'cispo' and getattr(self, name) < 0.5:  # it only limits large weights
+        raise ValueError(f'{name} must be large for cispo (published: 1, 4), got {getattr(self, name)}')
     if self.aggregation not in AGGREGATIONS:
       raise ValueError(f'aggregation must be one of {", ".join(AGGREGATIONS)}, got {self.aggregation!r}')
     if self.aggregation == 'constant' and self.constant < 1:
@@ -358,8 +369,9 @@ def policy_loss(
     raise ValueError('cov_tokens_BT must be given with cov')
   old_logp_BT, mask_BT = sg(old_logp_BT), jnp.asarray(mask_BT, bool)
   options = {'dual_clip': c.dual_clip} if c.dual_clip else {'segments_BT': segments_BT} if c.name == 'gspo' else {}
+  eps_low, eps_high = (1.0, math.inf) if c.cov == 'kl_cov' else (c.eps_low, c.eps_high)  # KL-Cov clips nothing
   token = POLICY_LOSSES[c.name](
-    logp_BT, old_logp_BT, advantages_BT, mask_BT, eps_low=c.eps_low, eps_high=c.eps_high, **options)
+    logp_BT, old_logp_BT, advantages_BT, mask_BT, eps_low=eps_low, eps_high=eps_high, **options)
   loss_BT = token.loss_BT
   token_ratio_BT = _ratio(*_at_mask(mask_BT, logp_BT, old_logp_BT))
   if c.cov:

@@ -49,7 +49,8 @@ class Progress:
   Attributes:
     prompts: the number of prompts that were used or skipped so far.
     zero_variance_N: bool [N], for each of the N tasks of the set: True if the last group drawn for the task had zero
-      variance. The array is None in a run without a difficulty filter.
+      variance. Groups with fewer than two valid samples don't count. The array is None in a run without a difficulty
+      filter.
     best: the best evaluation. None before the first evaluation, or if `rl.keep_best` is empty.
     problems: SHA-256 of the problems of the source; '' if their number is unlimited.
     kept: SHA-256 of the problems that are left to training (`TaskSet.kept_sha256`).
@@ -146,7 +147,8 @@ class Progress:
   def recorded(self, tasks: TaskSet, drawn: Iterable[tuple[int, bool]]) -> 'Progress':
     """Returns the progress after groups were drawn, with the difficulty filter brought up to date.
 
-    drawn: (the number of the prompt, whether the rewards differ) of each group.
+    drawn: (the number of the prompt, whether the group has reward variance) of each group with two valid samples or
+      more. Other groups don't show whether their problem is too easy or too hard, so they change nothing.
     """
     if self.zero_variance_N is None:
       return self

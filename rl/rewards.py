@@ -16,8 +16,8 @@ class RewardRule:
   """The rule that changes the reward of an answer because of its length.
 
   Attributes:
-    truncated_reward: what happens to a wrong answer that was cut off at the length limit. 'zero' treats it like other
-      wrong answers; 'masked' leaves it out of the loss (overlong filtering).
+    truncated_reward: what happens to an answer that was cut off at the length limit and isn't right. 'zero' gives it
+      the score 0, whatever a user's reward function gives it; 'masked' leaves it out of the loss (overlong filtering).
     longest: the length limit, in tokens.
     overlong_buffer: the number of tokens over which the reward falls gradually, up to the limit; 0 for no penalty.
   """
@@ -45,19 +45,19 @@ def rewards(
   The update never uses samples with an undecided verdict. If truncated_reward is 'masked', it doesn't use wrong answers
   that were cut off either. The reward of an unused sample is 0.
   """
-  valid = [verdict != Verdict.UNDECIDED and (
-    rule.truncated_reward == 'zero' or verdict == Verdict.RIGHT or sample.finish != 'length')
-    for verdict, sample in zip(verdicts, samples)]
-  values = [score + rule.penalty(len(sample.tokens)) if counts else 0.0
-            for score, sample, counts in zip(scores, samples, valid)]
+  lost = [verdict == Verdict.WRONG and sample.finish == 'length' for verdict, sample in zip(verdicts, samples)]
+  valid = [verdict != Verdict.UNDECIDED and not (cut_off and rule.truncated_reward == 'masked')
+           for verdict, cut_off in zip(verdicts, lost)]
+  values = [(0.0 if cut_off else score) + rule.penalty(len(sample.tokens)) if counts else 0.0
+            for score, sample, cut_off, counts in zip(scores, samples, lost, valid)]
   return values, valid
 
 
 def vary(rule: RewardRule, scores: Sequence[float], verdicts: Sequence[Verdict], samples: Sequence[Sample]) -> bool:
-  """Returns True if the scores of a group's valid samples (see `rewards`) differ.
+  """Returns True if the rewards of a group's valid samples (see `rewards`) differ by more than their length penalties.
 
-  Length penalties are ignored. A group whose answers are all right, or all wrong, is therefore replaced in dynamic
-  sampling even if the answers differ in length.
+  A group whose answers are all right, or all wrong, is therefore replaced in dynamic sampling even if the answers
+  differ in length.
   """
-  _, valid = rewards(rule, scores, verdicts, samples)
-  return len({score for score, counts in zip(scores, valid) if counts}) > 1
+  values, valid = rewards(dataclasses.replace(rule, overlong_buffer=0), scores, verdicts, samples)
+  return len({value for value, counts in zip(values, valid) if counts}) > 1

@@ -11,6 +11,7 @@ import numpy as np
 
 from betarank.configs.errors import ConfigError
 from betarank.data import DataError, Tokenizer
+from betarank.rl.advantages import AdvantageConfig, advantages
 from betarank.rl.rewards import RewardRule, rewards, vary
 from betarank.runtime import multihost
 from betarank.tasks.task_set import Task
@@ -42,12 +43,18 @@ class Group(NamedTuple):
     """Returns (rewards, valid): each sample's reward, and whether the update uses the sample. See rl/rewards.py."""
     return rewards(rule, self.scores, self.verdicts, self.samples)
 
-  def has_reward_variance(self, rule: RewardRule) -> bool:
-    """Returns True if the scores of the valid samples (see `rewards`) differ.
+  def advantages(self, rule: RewardRule, c: AdvantageConfig) -> np.ndarray:
+    """Returns the advantage of each sample, float32 [G]. If all are 0, nothing is learned from the group."""
+    values, valid = self.rewards(rule)
+    return advantages(c, [values], [valid])[0]
 
-    If all are equal, most advantage functions give every sample of the group the advantage 0.
+  def has_reward_variance(self, rule: RewardRule, c: AdvantageConfig) -> bool:
+    """Returns True if the rewards differ as the advantage function `c` sees them.
+
+    They must differ by more than their length penalties (see `vary`), and an advantage must differ from 0. For
+    `pass_at_k`, a group with fewer than k wrong answers has no variance, because any k answers include a right one.
     """
-    return vary(rule, self.scores, self.verdicts, self.samples)
+    return vary(rule, self.scores, self.verdicts, self.samples) and bool(self.advantages(rule, c).any())
 
 
 def graded_groups(

@@ -22,10 +22,11 @@ def of_rl(curves: Mapping[str, Curve]) -> list[str]:
   curves: {metric: (steps, values)} of the run.
   """
   found = []
-  for name, what in (('zero_variance_groups', 'no reward signal: all groups have zero variance'),
-                     ('truncated_share', 'every sample is truncated')):
+  for name, is_odd, what in (
+      ('groups_learned_from', lambda groups: groups == 0, 'no reward signal: no group to learn from'),
+      ('truncated_share', lambda share: share >= ALL, 'every sample is truncated')):
     steps, values = _finite(curves, name)
-    if (longest := _longest_stretch(values >= ALL)) and longest[1] >= IN_A_ROW:
+    if (longest := _longest_stretch(is_odd(values))) and longest[1] >= IN_A_ROW:
       first, count = longest
       found.append(f'{what} at {count} steps in a row (step {steps[first]} to {steps[first + count - 1]})')
   steps, reward = _finite(curves, 'pass_rate')

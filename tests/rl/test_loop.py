@@ -30,14 +30,15 @@ def start(config, workdir, *extra, processes=1, **how):
   return runs.start('rl', config, workdir, processes, *extra, **how)
 
 
-# The runs of the fast tests have a reference, and two devices. Their programs are the same, and compiled once.
-REFERENCE = '--config.rl.loss.kl_weight=0.1'
+# The runs of the fast tests have a reference, a temperature and two devices. Their programs are the same, and compiled
+# once.
+SETTINGS = ('--config.rl.loss.kl_weight=0.1', '--config.rl.temperature=0.7')
 
 
 @pytest.fixture(scope='module')
 def undisturbed(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('undisturbed')
-  finish_well(start(config, workdir, REFERENCE, replaced={0: ('-m', 'tests.offline', 'rl')}, devices=2))
+  finish_well(start(config, workdir, *SETTINGS, replaced={0: ('-m', 'tests.offline', 'rl')}, devices=2))
   return workdir
 
 
@@ -81,7 +82,7 @@ def test_killed_or_stopped_and_started_again_equals_uninterrupted(config, tmp_pa
   problems = TaskSet(TaskConfig('reasoning:chain_sum?max_terms=2&max_digits=1'), split='all')
   (tmp_path / 'few.jsonl').write_text(''.join(
     json.dumps({'question': problems[i].question, 'answer': problems[i].reference}) + '\n' for i in range(14)))
-  few = (f'--config.rl.task.uri=jsonl:{tmp_path}/few.jsonl', '--config.rl.repeat_zero_variance=0.5', REFERENCE,
+  few = (f'--config.rl.task.uri=jsonl:{tmp_path}/few.jsonl', '--config.rl.repeat_zero_variance=0.5', *SETTINGS,
          '--config.rl.max_new_tokens=[8,32]', '--config.rl.phase_steps=[2]')
   extra = '--config.rl.extra_prompts=3'
   running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few, extra, devices=2)

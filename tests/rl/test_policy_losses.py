@@ -203,6 +203,18 @@ def test_importance_weight_is_capped_detached_and_zero_on_padding():
   np.testing.assert_allclose([means['sampler_gap_mean'], means['sampler_gap_max']], [(4 + 0.375) / 2, 4], rtol=1e-6)
 
 
+def test_the_importance_weight_does_not_multiply_the_kl_term():
+  arrays = batch()
+  logp, mask = arrays['logp_BT'], arrays['mask_BT']
+  arrays['old_logp_BT'] = logp
+  weight = np.minimum(np.exp(logp - arrays['sampler_logp_BT']), 1.2)
+  apart = logp - arrays['ref_logp_BT']
+  total, *_, gradient = run(PolicyLossConfig(importance_cap=1.2, kl='k2', kl_weight=0.5), arrays)
+  weighted = -arrays['advantages_BT'] * weight
+  np.testing.assert_allclose(total, (weighted + 0.5 * apart**2 / 2).sum(where=mask), rtol=1e-5)
+  np.testing.assert_allclose(gradient, np.where(mask, weighted + 0.5 * apart, 0), rtol=1e-5)
+
+
 def test_kl_estimators_value_and_gradient_by_enumeration():
   rng = np.random.default_rng(0)
   z, ref = jnp.asarray(rng.normal(size=5), jnp.float32), jax.nn.log_softmax(jnp.asarray(rng.normal(size=5)))
@@ -243,9 +255,21 @@ def test_covariance_terms_act_on_their_tokens_only():
   plain = run(PolicyLossConfig(importance_cap=0), arrays)[3]
   clip = run(PolicyLossConfig(importance_cap=0, cov='clip_cov'), arrays)[3]
   np.testing.assert_array_equal(clip, np.where(tokens, 0, plain))
-  kl = run(PolicyLossConfig(importance_cap=0, cov='kl_cov', kl_cov_weight=0.5), arrays)[3]
-  sign = np.sign(arrays['logp_BT'] - arrays['old_logp_BT'])
-  np.testing.assert_allclose(kl, plain + np.where(tokens, 0.5 * sign, 0), rtol=1e-6)
+
+
+def test_kl_cov_penalizes_its_tokens_and_clips_none():
+  """Compares with the formula of the source: -r A, plus the weighted |logp - old_logp| at the selected tokens."""
+  arrays = batch(gap=1.0)
+  mask, advantages, apart = arrays['mask_BT'], arrays['advantages_BT'], arrays['logp_BT'] - arrays['old_logp_BT']
+  tokens, ratio = arrays['cov_tokens_BT'] & mask, np.exp(apart)
+  assert run(PolicyLossConfig(importance_cap=0), arrays)[2]['clipped'] > 5, 'there is nothing to clip'
+  c = PolicyLossConfig(importance_cap=0, cov='kl_cov', kl_cov_weight=0.5)
+  total, _, sums, gradient = run(c, arrays)
+  want = -advantages * ratio + np.where(tokens, 0.5 * np.abs(apart), 0)
+  np.testing.assert_allclose(total, want.sum(where=mask), rtol=1e-5)
+  np.testing.assert_allclose(
+    gradient, np.where(mask, -advantages * ratio, 0) + np.where(tokens, 0.5 * np.sign(apart), 0), rtol=1e-5)
+  assert sums['clipped'] == 0
 
 
 SEQUENCES_ST = np.array(list(itertools.product(range(3), repeat=3)))
@@ -306,8 +330,10 @@ def test_bandit_converges_to_its_best_arm(name):
 
 @pytest.mark.parametrize('field,settings', [
   ('name', {'name': 'ppo'}), ('eps_low', {'eps_low': 1.5}), ('eps_high', {'eps_high': -1.0}),
-  ('eps_low', {'name': 'gspo'}), ('aggregation', {'aggregation': 'mean'}), ('constant', {'aggregation': 'constant'}),
-  ('importance_cap', {'importance_cap': 0.5}), ('kl', {'kl': 'k4'}), ('kl', {'kl': 'k1', 'kl_weight': 0.1}),
+  ('eps_low', {'name': 'gspo'}), ('eps_low', {'name': 'cispo'}), ('eps_high', {'name': 'cispo', 'eps_low': 1.0}),
+  ('aggregation', {'aggregation': 'mean'}), ('constant', {'aggregation': 'constant'}),
+  ('dual_clip', {'dual_clip': 3.0, 'cov': 'kl_cov'}), ('importance_cap', {'importance_cap': 0.5}),
+  ('kl', {'kl': 'k4'}), ('kl', {'kl': 'k1', 'kl_weight': 0.1}),
   ('kl_weight', {'kl_weight': math.inf}), ('cov', {'cov': 'cov'}), ('cov_share', {'cov_share': 0.0}),
 ])
 def test_settings_are_checked(field, settings):

@@ -114,8 +114,11 @@ def test_the_best_evaluation_is_the_earliest_of_the_highest(tasks):
 
 @pytest.mark.parametrize('key, value, message', [
   ('rl.keep_best', 'aime24', r'config.rl.keep_best must be empty or an evaluation set of this run \(held_out\)'),
+  ('rl.phase_steps', '[0]', r'config.rl.phase_steps must be >= 1 and rise, got \(0,\)'),
+  ('rl.phase_steps', '[-5, 1]', 'config.rl.phase_steps must be >= 1 and rise'),
   ('rl.extra_prompts', '-1', 'config.rl.extra_prompts must be >= 0, got -1'),
-  ('rl.repeat_zero_variance', '0', 'config.rl.repeat_zero_variance must be > 0'),
+  ('rl.repeat_zero_variance', '0', 'config.rl.repeat_zero_variance must be from 0.001 to 1, got 0'),
+  ('rl.repeat_zero_variance', '1e-15', 'config.rl.repeat_zero_variance must be from 0.001 to 1, got 1e-15'),
   ('rl.repeat_zero_variance', '0.5', 'config.rl.repeat_zero_variance must be 1 with generated problems')])
 def test_what_cannot_be_is_refused(key, value, message):
   with pytest.raises(ConfigError, match=message):

@@ -2,17 +2,23 @@
 token.
 """
 
+import functools
+import types
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from betarank import model
+from betarank.rl import loop
 from betarank.rl.packing import Answer, microbatches
 from betarank.rl.policy_losses import PolicyLossConfig
 from betarank.rl.update import make_update
 from betarank.runtime.state import create_state
 from betarank.train.optimizer import OptimizerConfig, make_optimizer
-from betarank.train.sampler import Prompt, Sampler, SamplerConfig
+from betarank.train.sampler import Prompt, Sample, Sampler, SamplerConfig
 from betarank.train.score import log_probabilities
 from tests import parameters
 
@@ -57,6 +63,41 @@ def test_the_trainer_replays_what_the_sampler_chose(shape):
   assert sums['gap_max'] < 1e-4
   bias = lambda state: np.asarray(state.params['layers']['feed_forward']['router_bias_E'])
   np.testing.assert_array_equal(bias(after), bias(state))
+
+
+def test_a_step_of_two_updates_has_the_figures_of_its_samples():
+  """The recorded experts aren't the router's own, so log-probabilities are right only if all functions replay them."""
+  rng, temperature = np.random.default_rng(0), 0.7
+  loss = PolicyLossConfig(aggregation='sequence_mean', importance_cap=0.0)
+  answers = []
+  for i in range(12):
+    prompt, n = rng.integers(1, 32, rng.integers(2, 6)).tolist(), rng.integers(1, 12)
+    experts = np.argsort(rng.random((len(prompt) + n - 1, C.layers, 8)))[..., :2].astype(np.int16)
+    sample = Sample(0, i, rng.integers(0, 32, n).astype(np.int32), rng.normal(-3, 0.1, n), 'eos', experts)
+    answers.append(Answer(prompt, sample, rng.normal()))
+  mesh = model.make_mesh(model.MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1])
+  params, tx = parameters.random(C), optax.sgd(3.0)
+  parts = types.SimpleNamespace(
+    run=types.SimpleNamespace(rl=types.SimpleNamespace(minibatches=2, loss=loss), model=C, seed=0),
+    update=make_update(C, loss, tx, temperature),
+    log_probabilities=jax.jit(functools.partial(log_probabilities, temperature=temperature), static_argnums=0))
+  with jax.set_mesh(mesh):
+    rows = jax.NamedSharding(mesh, model.spec('batch', 'length'))
+    batches = [microbatches(part, [(8, 24)], rows) for part in (answers[:6], answers[6:])]
+    learn = lambda batches: loop.learn(parts, create_state(C, tx, mesh, seed=0, params=params), batches, 1)[1]
+    first, both = learn(batches[:1]), learn(batches)
+    [[part]] = batches[:1]
+    hidden_BTD = model.forward_routed(
+      C, params, part.batch.tokens_BT, part.batch.positions_BT, part.batch.segments_BT, None,
+      jnp.moveaxis(part.choices_BTLk, 2, 0).astype(jnp.int32))[0]
+    logp_BTV = jax.nn.log_softmax(hidden_BTD @ model.head(C, params) / temperature)
+  entropies = np.sort(np.asarray(-jnp.sum(jnp.exp(logp_BTV) * logp_BTV, -1))[np.asarray(part.batch.counts_BT)])
+  assert first['ratio_mean'] == pytest.approx(1, abs=1e-6) and first['clip_fraction'] == 0
+  assert first['policy_loss'] == pytest.approx(-np.mean([answer.advantage for answer in answers[:6]]), rel=1e-5)
+  assert first['entropy_nats'] == pytest.approx(entropies.mean(), rel=1e-5)
+  assert first['entropy_top20_nats'] == pytest.approx(entropies[-round(len(entropies) / 5) :].mean(), abs=3e-4)
+  assert first['padded_share'] == pytest.approx(1 - sum(answer.length for answer in answers[:6]) / (8 * 24))
+  assert abs(both['ratio_mean'] - 1) > 1e-3  # in the second update, of the policy that the first one made
 
 
 def test_a_dense_model_and_a_sampler_that_is_not_asked_record_nothing():

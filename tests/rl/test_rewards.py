@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from betarank.configs import load
 from betarank.configs.errors import ConfigError
@@ -11,7 +12,8 @@ from betarank.rl import policy_losses as pl
 from betarank.rl.config import rl_run
 from betarank.rl.loop import check_held_out
 from betarank.rl.rewards import RewardRule, rewards, vary
-from betarank.rl.warnings import warnings
+from betarank.rl.warnings import used, warnings
+from betarank.runtime.metrics import JsonLines, lines_of
 from betarank.tasks.verifiers import Verdict
 from betarank.train import setup
 from betarank.train.sampler import Sample
@@ -35,6 +37,21 @@ def test_rewards_are_scores_less_what_the_length_costs():
   samples = [sample(2), sample(8), sample(10, 'length'), sample(10, 'length'), sample(3)]
   values, valid = rewards(rule, [1, 0, 0, 1, float('nan')], [RIGHT, WRONG, WRONG, RIGHT, UNDECIDED], samples)
   assert values == [1, -0.5, 0, 0, 0] and valid == [True, True, False, True, False]
+
+
+@pytest.mark.parametrize('truncated, valid', [('zero', [True] * 3), ('masked', [False, False, True])])
+def test_a_cut_off_answer_that_is_not_right_gets_nothing_whatever_its_score(truncated, valid):
+  scores, verdicts, samples = [0.75, -2.0, 1.5], [WRONG, WRONG, RIGHT], [sample(10, 'length')] * 3
+  assert rewards(RewardRule(truncated, 10), scores, verdicts, samples) == ([0, 0, 1.5], valid)
+  assert not vary(RewardRule(truncated, 10), scores[:2], verdicts[:2], samples[:2])
+  assert vary(RewardRule('zero', 10), [-1, -1], [WRONG, WRONG], [sample(3), samples[0]])
+  penalized, _ = rewards(RewardRule('zero', 10, overlong_buffer=4), scores, verdicts, samples)
+  assert penalized == [-1, -1, 0.5]
+
+
+def test_the_length_limit_of_the_rewards_is_that_of_the_phase():
+  rl = rl_run(load.load('tests/tiny_rl.py:init_from=x', {'rl.max_new_tokens': '[4, 28]', 'rl.phase_steps': '[2]'})).rl
+  assert [rl.reward_rule(step).longest for step in (1, 2, 3)] == [4, 4, 28]
 
 
 def test_a_group_that_is_right_throughout_does_not_vary_by_its_lengths():
@@ -128,6 +145,22 @@ def test_a_verifier_that_decides_nothing_is_not_blamed_on_the_problems():
   found = warnings([step(groups_learned_from=0.0, undecided=10.0)] * 10, 'ValueError: no idea')
   assert found == {'undecided': '100 % of the answers of 10 steps are undecided, and nothing is learned from them; the '
                                 'first reason was: ValueError: no idea'}
+
+
+def test_a_resumed_run_gives_the_warnings_of_an_uninterrupted_one(tmp_path):
+  path = epath.Path(tmp_path / 'metrics.jsonl')
+  lines = [step(entropy_drawn_nats=0.8, pass_rate=i / 100) for i in range(15)] + [step(entropy_drawn_nats=0.04)] * 150
+  file = JsonLines(path, -1)
+  for i, line in enumerate(lines, 1):
+    file.write(i, {'eval/held_out/avg_at_4': 0.5})
+    file.write(i, line)
+  for start in (120, 15):
+    JsonLines(path, start)  # which removes the lines of later steps
+    history, whole = used(lines_of(path)), lines[:start]
+    for line in lines[start:]:
+      history, whole = used([*history, line]), [*whole, line]
+      assert warnings(history) == warnings(whole) and len(history) <= 105
+    assert warnings(history).keys() == {'collapse', 'flat'}
 
 
 @pytest.mark.parametrize('name, shape', [

@@ -1,5 +1,6 @@
 """Tests the functions of an RL step without a model: which prompts are asked, and which samples are learned from."""
 
+import dataclasses
 import math
 import types
 
@@ -57,7 +58,7 @@ def step(parts):
 
 
 def figures_of(parts, kept, seen, progress):
-  return loop.describe_step({}, kept, seen, progress.prompts, parts.run.rl.reward_rule(1))
+  return loop.describe_step({}, kept, seen, progress.prompts, parts.run.rl, 1)
 
 
 def test_long_prompts_are_counted_before_the_run_and_refused_or_passed_over(parts):
@@ -87,7 +88,7 @@ def test_neither_the_order_in_which_groups_end_nor_extra_prompts_decide_anything
   """Groups are asked and learned from as if each round of prompts were drawn only after the round before it."""
   for seed in range(8):
     agrees = lambda number: (number * 7919 + seed) % 97 < 60  # noqa: B023
-    monkeypatch.setattr(rollout.Group, 'has_reward_variance', lambda group, rule: not agrees(group.cursor))  # noqa: B023
+    monkeypatch.setattr(rollout.Group, 'has_reward_variance', lambda group, *_: not agrees(group.cursor))  # noqa: B023
     p = parts([RIGHT, WRONG], **{
       'rl.max_prompt_tokens': '64', 'rl.prompts_per_step': '6', 'rl.extra_prompts': str(extra)})
     p.samplers[0].turn = turn
@@ -102,7 +103,7 @@ def test_neither_the_order_in_which_groups_end_nor_extra_prompts_decide_anything
 
 def test_a_step_without_a_group_to_learn_from_changes_nothing_and_measures_nothing(parts):
   kept, seen, progress = step(p := parts([WRONG, WRONG], **{'rl.long_prompts': 'skip'}))
-  state = object()
+  p.rows_by_token, state = one_device(), object()
   assert loop.minibatches(p, kept, 1) == [] and loop.learn(p, state, [], 1) == (state, {})
   figures = figures_of(p, kept, seen, progress)
   assert figures['train/groups_learned_from'] == 0 and figures['train/pass_rate'] == 0
@@ -135,6 +136,28 @@ def test_an_evaluation_has_the_sampler_of_its_phase(parts, number, phase):
   log = types.SimpleNamespace(evaluation=lambda *_: None, sample=lambda *_: None)
   loop.evaluate(p, None, Progress(), number, log)
   assert [sampler.first for sampler in p.samplers] == [int(phase == 0), int(phase == 1)]
+
+
+KEEP = {'rl.zero_variance_groups': 'keep'}
+MOSTLY_RIGHT = [RIGHT] * 5 + [WRONG] * 3
+
+
+@pytest.mark.parametrize('texts, settings, kept, updates, learned', [
+  (MOSTLY_RIGHT, {'rl.advantage.name': 'pass_at_k'}, 0, 0, 0),  # any 4 of the 8 include a right one
+  (MOSTLY_RIGHT, {'rl.advantage.name': 'pass_at_k', **KEEP}, 4, 0, 0),
+  ([WRONG] * 8, KEEP, 4, 0, 0),
+  ([WRONG] * 8, {'rl.loss.kl_weight': '0.1', **KEEP}, 4, 1, 0),  # the KL term has a gradient
+  ([RIGHT] * 8, {'rl.advantage.name': 'w_reinforce', 'rl.advantage.positive_weight': '0'}, 4, 0, 0),
+  ([WRONG] * 8, {'rl.advantage.name': 'w_reinforce'}, 4, 1, 4)])  # which compares nothing
+def test_an_update_whose_advantages_are_all_zero_is_left_out(parts, texts, settings, kept, updates, learned):
+  p = parts(texts, **{'rl.group_size': '8', 'rl.long_prompts': 'skip', **settings})
+  p.rows_by_token = one_device()
+  groups, seen, progress = step(p)
+  assert len(groups) == kept and len(seen) == (4 if kept else 12) and len(loop.minibatches(p, groups, 1)) == updates
+  figures = figures_of(p, groups, seen, progress)
+  assert figures['train/groups_learned_from'] == learned and figures['train/zero_variance_groups'] == 1
+  assert ('no signal' in warnings([figures] * 10)) == (not learned)
+  assert 'zero-variance groups 100%' in loop.describe_figures({**figures, 'time/tokens_per_s': 1.0})
 
 
 def undecided(group):
@@ -186,12 +209,26 @@ def test_settled_prompts_are_asked_less_often(parts):
     assert asked / progress.prompts == pytest.approx(share, abs=0.06)
 
 
+@pytest.mark.parametrize('texts, settled', [
+  ([WRONG, WRONG, WRONG], False), ([RIGHT, WRONG, WRONG], False), ([RIGHT, RIGHT, WRONG], True)])
+def test_a_group_with_fewer_than_two_decided_answers_does_not_settle_its_prompt(parts, tmp_path, texts, settled):
+  (tmp_path / 'mine.py').write_text("def reward(answer, **_):\n  return {'4': 1}[answer]\n")  # undecided without a 4
+  p = parts(texts, **{'rl.task.reward': f'{tmp_path}/mine.py:reward', 'rl.group_size': '3',
+                      'rl.repeat_zero_variance': '0.5', 'rl.max_prompt_tokens': '64'})
+  for before in (False, True):
+    progress = dataclasses.replace(Progress.read({}, p.tasks, True), zero_variance_N=np.full(8, before))
+    _, seen, progress = loop.sample_and_judge(p, None, progress, 1)
+    asked = [p.tasks.index(group.cursor) for group in seen]
+    assert all(progress.zero_variance_N[asked] == (before or settled))
+
+
 def test_figures_of_a_reward_of_ones_own_are_its_means(parts, tmp_path):
   (tmp_path / 'mine.py').write_text("def reward(answer, **_):\n  return {'4': 0.75, '5': -1.25}[answer]\n")
   p = parts([RIGHT, WRONG], **{'rl.task.reward': f'{tmp_path}/mine.py:reward', 'rl.long_prompts': 'skip'})
   kept, seen, progress = step(p)
   figures = figures_of(p, kept, seen, progress)
   assert figures['train/pass_rate'] == -0.25 and figures['train/undecided'] == 0
+  assert loop.describe_figures({**figures, 'time/tokens_per_s': 1.0}, 'reward')[0] == 'reward -0.250'
   assert figures['train/tokens'] == 2 * 2 * 4 and figures['train/prompts_passed_over'] == progress.prompts - 4
 
 

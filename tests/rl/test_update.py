@@ -11,6 +11,7 @@ import pytest
 
 from betarank import model
 from betarank.data import Batch
+from betarank.rl.advantages import AdvantageConfig
 from betarank.rl.packing import Answer, Microbatch, fill, microbatches
 from betarank.rl.policy_losses import PolicyLossConfig, add, means
 from betarank.rl.rewards import RewardRule
@@ -270,4 +271,4 @@ def test_packed_samples_give_the_update_of_one_sample_per_row(c, loss, change):
 def test_truncated_answers_follow_the_stated_rule(truncated, valid, signal):
   g = group(0, [2], [[7, 3], [8, 9]], [Verdict.RIGHT, Verdict.WRONG], ['eos', 'length'])
   assert g.rewards(RewardRule(truncated, 6)) == ([1.0, 0.0], valid)
-  assert g.has_reward_variance(RewardRule(truncated, 6)) is signal
+  assert g.has_reward_variance(RewardRule(truncated, 6), AdvantageConfig()) is signal

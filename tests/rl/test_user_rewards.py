@@ -2,6 +2,7 @@
 
 import pytest
 
+from betarank.rl.advantages import AdvantageConfig
 from betarank.rl.rewards import RewardRule
 from betarank.rl.rollout import graded_groups
 from betarank.tasks.code_jail import Jail, JailConfig, JailError
@@ -33,7 +34,7 @@ def test_a_reward_of_the_users_own_is_that_of_its_answer(tmp_path):
   group = graded(tasks, ['\nAnswer: a', '\nAnswer: b', '\nAnswer: c'])
   assert group.verdicts == [WRONG, WRONG, UNDECIDED]
   assert group.rewards(RewardRule('zero', 8)) == ([0.25, -2.0, 0.0], [True, True, False])
-  assert group.has_reward_variance(RewardRule('zero', 8))
+  assert group.has_reward_variance(RewardRule('zero', 8), AdvantageConfig())
 
 
 def test_programs_are_rewarded_through_the_jail(tmp_path):

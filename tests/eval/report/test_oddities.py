@@ -7,7 +7,7 @@ from betarank.eval.report.oddities import of_rl
 
 STEPS = np.arange(1, 61)
 GOOD = {'pass_rate': np.linspace(0.2, 0.6, 60), 'entropy_nats': np.linspace(1.0, 0.4, 60),
-        'zero_variance_groups': np.full(60, 0.3), 'truncated_share': np.full(60, 0.1)}
+        'groups_learned_from': np.full(60, 4.0), 'truncated_share': np.full(60, 0.1)}
 
 
 def found(**changed):
@@ -24,8 +24,8 @@ def where(first, last, inside, outside):
 
 
 @pytest.mark.parametrize(('name', 'values', 'said'), [
-  ('zero_variance_groups', where(20, 31, 1.0, 0.5),
-   'no reward signal: all groups have zero variance at 12 steps in a row (step 20 to 31)'),
+  ('groups_learned_from', where(20, 31, 0.0, 1.0),
+   'no reward signal: no group to learn from at 12 steps in a row (step 20 to 31)'),
   ('truncated_share', np.ones(60), 'every sample is truncated at 60 steps in a row (step 1 to 60)'),
   ('pass_rate', 0.3 + 0.02 * np.sin(STEPS), 'the reward does not move: pass rate 0.30'),
   ('pass_rate', np.zeros(60), 'the reward does not move: pass rate 0.000'),
@@ -37,5 +37,5 @@ def test_each_sign_is_named(name, values, said):
 
 
 def test_a_short_stretch_is_none_and_missing_values_are_left_out():
-  assert found(zero_variance_groups=where(20, 28, 1.0, 0.5)) == []
+  assert found(groups_learned_from=where(20, 28, 0.0, 1.0)) == []
   assert found(entropy_nats=where(5, 50, np.nan, 0.5)) == []

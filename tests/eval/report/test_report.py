@@ -286,7 +286,7 @@ def test_runs_without_an_objective_or_alone_have_nothing_to_compare(tmp_path):
 def test_signs_in_rl_that_a_person_should_look_at_are_listed(tmp_path):
   sweep.make(tmp_path, arms=sweep.ARMS[:1], seeds=1, rl_steps=40)
   path = tmp_path / 'rl' / 'arm0-seed0' / 'metrics.jsonl'
-  lines = [json.loads(line) | {'train/zero_variance_groups': 1.0, 'train/truncated_share': 1.0, 'train/pass_rate': 0.0,
+  lines = [json.loads(line) | {'train/groups_learned_from': 0.0, 'train/truncated_share': 1.0, 'train/pass_rate': 0.0,
                                'train/entropy_nats': 0.001 if i > 20 else 1.0}
            for i, line in enumerate(path.read_text().splitlines())]
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
