@@ -17,7 +17,8 @@ class RewardRule:
 
   Attributes:
     truncated_reward: what happens to an answer that was cut off at the length limit and isn't right. 'zero' gives it
-      the score 0, whatever a user's reward function gives it; 'masked' leaves it out of the loss (overlong filtering).
+      the score 0, or its own if that is lower, as with a user's reward function; 'masked' leaves it out of the loss
+      (overlong filtering).
     longest: the length limit, in tokens.
     overlong_buffer: the number of tokens over which the reward falls gradually, up to the limit; 0 for no penalty.
   """
@@ -48,7 +49,7 @@ def rewards(
   lost = [verdict == Verdict.WRONG and sample.finish == 'length' for verdict, sample in zip(verdicts, samples)]
   valid = [verdict != Verdict.UNDECIDED and not (cut_off and rule.truncated_reward == 'masked')
            for verdict, cut_off in zip(verdicts, lost)]
-  values = [(0.0 if cut_off else score) + rule.penalty(len(sample.tokens)) if counts else 0.0
+  values = [(min(score, 0.0) if cut_off else score) + rule.penalty(len(sample.tokens)) if counts else 0.0
             for score, sample, cut_off, counts in zip(scores, samples, lost, valid)]
   return values, valid
 

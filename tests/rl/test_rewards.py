@@ -39,14 +39,13 @@ def test_rewards_are_scores_less_what_the_length_costs():
   assert values == [1, -0.5, 0, 0, 0] and valid == [True, True, False, True, False]
 
 
-@pytest.mark.parametrize('truncated, valid', [('zero', [True] * 3), ('masked', [False, False, True])])
-def test_a_cut_off_answer_that_is_not_right_gets_nothing_whatever_its_score(truncated, valid):
+def test_a_cut_off_answer_that_is_not_right_gets_at_most_0():
   scores, verdicts, samples = [0.75, -2.0, 1.5], [WRONG, WRONG, RIGHT], [sample(10, 'length')] * 3
-  assert rewards(RewardRule(truncated, 10), scores, verdicts, samples) == ([0, 0, 1.5], valid)
-  assert not vary(RewardRule(truncated, 10), scores[:2], verdicts[:2], samples[:2])
-  assert vary(RewardRule('zero', 10), [-1, -1], [WRONG, WRONG], [sample(3), samples[0]])
+  assert rewards(RewardRule('zero', 10), scores, verdicts, samples) == ([0, -2, 1.5], [True] * 3)
+  assert rewards(RewardRule('masked', 10), scores, verdicts, samples) == ([0, 0, 1.5], [False, False, True])
+  assert not vary(RewardRule('zero', 10), [0.75, 0], [WRONG, WRONG], [samples[0], sample(3)])
   penalized, _ = rewards(RewardRule('zero', 10, overlong_buffer=4), scores, verdicts, samples)
-  assert penalized == [-1, -1, 0.5]
+  assert penalized == [-1, -3, 0.5]
 
 
 def test_the_length_limit_of_the_rewards_is_that_of_the_phase():
