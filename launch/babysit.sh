@@ -12,6 +12,7 @@ seen=''               # set once there was a slice
 failures=0            # in a row, of anything but the run itself; a run that is seen RUNNING resets it
 pause=$poll           # seconds before the next try
 ready_s=0 ready_at='' # seconds that the slice was READY; when it was last seen to be
+accepted_s=600        # a run that ran for so long has accepted its settings; it exits with 2 if its bucket fails, too
 errors=''             # file with the messages of the last call
 
 end_call() { [ -z "$call" ] || kill "$call" 2>/dev/null || true; }
@@ -47,10 +48,17 @@ attempt() { # attempt WHAT COMMAND...: runs the command; false, after counting i
   return 1
 }
 
+# mentions TEXT WORDS: whether a message has one of the words a|b|c. In a name, as my-quota-project, they don't count.
+mentions() {
+  grep -qiE "(^|[^[:alnum:]/-])($2)([^[:alnum:]-]|\$)" <<<"$1"
+}
 # Ends the watch if a message of the server means that another try would fail too.
 end_if_final() {
+  # Quotas of requests per minute limit only how often the server may be asked.
+  if mentions "$1" quota && ! mentions "$1" 'per minute'; then
+    die "the project has no quota for this slice; docs/tpu.md says how to request it: $1" 3
+  fi
   case $(tr '[:upper:]' '[:lower:]' <<<"$1") in
-    *quota*) die "the project has no quota for this slice; docs/tpu.md says how to request it: $1" 3 ;;
     *permission_denied* | *'does not have permission'* | *unauthenticated* | *'active account'* | *reauthentication* | \
       *invalid_argument* | *'unrecognized arguments'* | *'invalid choice'* | *not_found* | *'not found'*)
       die "the slice was refused, and another try would be refused too: $1" 3
@@ -58,6 +66,7 @@ end_if_final() {
   esac
 }
 create_slice() {
+  local message
   say "creating $TPU_NAME"
   created=yes # at once, because the server continues if this call is ended
   if create 2> >(tee "$errors" >&2); then
@@ -65,14 +74,14 @@ create_slice() {
     return
   fi
   sleep 0.2
-  end_if_final "$(cat "$errors")"
-  case $(tr '[:upper:]' '[:lower:]' <"$errors") in
-    *capacity* | *exhausted* | *stockout* | *unavailable*)
-      say "no capacity; next try in $pause s: $(reason)"
-      back_off
-      ;;
-    *) failed create "$(reason)" ;;
-  esac
+  message=$(cat "$errors")
+  end_if_final "$message"
+  if mentions "$message" 'capacity|exhausted|stockout|unavailable' && ! mentions "$message" quota; then
+    say "no capacity; next try in $pause s: $(reason)"
+    back_off
+  else
+    failed create "$(reason)"
+  fi
 }
 replace_slice() { # after a preemption or failure, whose name is $1
   local message
@@ -89,7 +98,9 @@ replace_slice() { # after a preemption or failure, whose name is $1
   ran=''
 }
 
-run_state() { # NONE, RUNNING, DONE, STOPPED, FAILED CODE, OTHER (another command runs), or UNREACHABLE
+# NONE, RUNNING, DONE, STOPPED, ASKED (stopped with launch/tpu.sh stop), FAILED CODE, OTHER (another command runs), or
+# UNREACHABLE.
+run_state() {
   local out lines call_limit=$ask_limit # gcloud tries ten times to connect to a worker, for 20 minutes if none answers
   if ! out=$(ask_state "$(id_of "$@")" 2>&1); then
     printf '%s\n' "$out" >"$errors"
@@ -100,6 +111,8 @@ run_state() { # NONE, RUNNING, DONE, STOPPED, FAILED CODE, OTHER (another comman
   lines=$(grep -o 'betarank-state .*' <<<"$out" | sort -u | cut -d' ' -f2-)
   case $lines in # one line per distinct state
     *other*) echo OTHER ;;
+    *asked*running*) echo RUNNING ;; # until all have stopped
+    *asked*) echo ASKED ;;
     *failed*) echo "FAILED $(grep -m 1 failed <<<"$lines" | cut -d' ' -f2)" ;;
     none) echo NONE ;;
     *none* | *lost*) echo 'FAILED lost' ;; # the run is gone on some workers
@@ -111,6 +124,28 @@ run_state() { # NONE, RUNNING, DONE, STOPPED, FAILED CODE, OTHER (another comman
 }
 
 stop_run() { worker_sh stop "$(id_of "${command[@]}")"; } # leaves another command alone
+
+run_ended() { # counts the end of the run, whose state is $1, and waits; ends the watch if another start is of no use
+  local how="failed (${1#FAILED })"
+  if [ "$1" = ASKED ]; then
+    say 'the run was stopped with launch/tpu.sh stop, so it is not started again'
+    exit 143
+  fi
+  worker_sh log 20 || true
+  if [ "$1" = 'FAILED 2' ] && [ -z "$accepted" ]; then
+    stop_run || true # ends its processes on other workers
+    die 'the run refused its settings (exit 2), so it is not started again' 2
+  fi
+  [ "$1" != STOPPED ] || how='was asked to stop, for instance by a maintenance notice'
+  [ $((SECONDS - began)) -lt 1800 ] || crashes=0
+  crashes=$((crashes + 1))
+  if [ "$crashes" -gt 3 ]; then
+    stop_run || true
+    die "the run ended $crashes times in a row; the last time it $how" 5
+  fi
+  say "the run $how; next try in $pause s"
+  back_off
+}
 
 hours_allowed() {
   local cap=${TPU_MAX_HOURS:-}
@@ -124,7 +159,7 @@ hours_allowed() {
 count_ready() { # counts the time since the last poll, if the slice was READY then; unreadable states count as READY
   [ -z "$ready_at" ] || ready_s=$((ready_s + SECONDS - ready_at))
   case $1 in
-    READY) ready_at=$SECONDS ;;
+    READY | ODD*) ready_at=$SECONDS ;;
     UNKNOWN*) [ -z "$ready_at" ] || ready_at=$SECONDS ;;
     *) ready_at='' ;;
   esac
@@ -154,7 +189,7 @@ leave() {
   call_limit=600
   if [ -n "$created" ] && [ -n "$delete_after" ] && [ "$(slice_state)" != NONE ]; then
     for _ in 1 2 3; do
-      if delete 2>"$errors" || grep -qi 'not.found' "$errors"; then
+      if delete 2>"$errors"; then
         deleted=yes
         break
       fi
@@ -164,6 +199,7 @@ leave() {
       say "error: $TPU_NAME could not be deleted and COSTS MONEY; launch/tpu.sh --yes delete ($(reason))"
   fi
   state=$(slice_state)
+  count_ready "$state"
   rm -f "$errors"
   case $state in
     NONE) say "$TPU_NAME does not exist: nothing of it is billed; $(used)" ;;
@@ -179,7 +215,7 @@ leave() {
 }
 
 babysit() {
-  local command cap state run message crashes=0 began='' unreachable=0 ran=''
+  local command cap state run message crashes=0 began='' accepted='' unreachable=0 ran=''
   command_of "$@"
   cap=$(hours_allowed)
   confirm "$(summary); for $cap hours at most: ${command[*]}"
@@ -189,10 +225,11 @@ babysit() {
     return
   fi
   SECONDS=0 errors=$(mktemp) call_limit=${TPU_CALL_LIMIT:-1800} ask_limit=${TPU_ASK_LIMIT:-180}
+  trap '' PIPE # Ctrl-C ends a `tee` that reads the messages too; that must not end babysit before its trap has run
   trap leave EXIT
   trap asked_to_stop TERM
   trap '[ -z "$delete_after" ] || asked_to_stop; exit 129' HUP
-  trap 'say "no longer watching; the run continues"; end_call; delete_after=""; exit 130' INT
+  trap 'delete_after=""; say "no longer watching; the run continues"; end_call; exit 130' INT
   while true; do
     state=$(slice_state)
     count_ready "$state"
@@ -204,6 +241,7 @@ babysit() {
     case $state in NONE | UNKNOWN*) ;; *) seen=yes ;; esac
     case $state in
       READY) ;;
+      ODD*) say "the slice is ${state#ODD }" ;; # billed: deleted if its workers stay out of reach
       NONE)
         create_slice
         continue
@@ -236,15 +274,11 @@ babysit() {
     fi
     created=yes
     [ "$run" = UNREACHABLE ] || unreachable=0
-    if [ -z "$began" ]; then # a failure that an earlier babysit left behind doesn't count
-      case $run in
-        RUNNING) began=$SECONDS ;;
-        FAILED*) run=NONE ;;
-      esac
-    fi
+    if [ -z "$began" ] && [ "$run" = RUNNING ]; then began=$SECONDS; fi
     case $run in
       RUNNING)
         failures=0 pause=$poll ran=yes
+        [ $((SECONDS - began)) -lt "$accepted_s" ] || accepted=yes
         nap "$poll"
         ;;
       DONE)
@@ -261,26 +295,13 @@ babysit() {
           if attempt delete delete; then failed ssh "$message"; fi
         fi
         ;;
-      FAILED*)
-        worker_sh log 20 || true
-        if [ "$run" = 'FAILED 2' ]; then
-          stop_run || true # ends its processes on other workers
-          die 'the run refused its settings (exit 2), so it is not started again' 2
-        fi
-        [ $((SECONDS - began)) -lt 1800 ] || crashes=0
-        crashes=$((crashes + 1))
-        if [ "$crashes" -gt 3 ]; then
-          stop_run || true
-          die "the run failed $crashes times in a row (${run#FAILED })" 5
-        fi
-        say "the run failed (${run#FAILED }); next try in $pause s"
-        back_off
-        began=$SECONDS
-        if attempt stop stop_run; then attempt start start "${command[@]}" || true; fi
-        ;;
-      NONE | STOPPED)
-        began=$SECONDS
-        if attempt push push && attempt setup setup; then attempt start start "${command[@]}" || true; fi
+      FAILED* | STOPPED | ASKED)
+        [ -z "$began" ] || run_ended "$run" # otherwise an earlier babysit left it behind
+        began=''
+        attempt stop stop_run || continue
+        ;;&
+      NONE | FAILED* | STOPPED | ASKED)
+        if attempt push push && attempt setup setup && attempt start start "${command[@]}"; then began=$SECONDS; fi
         ;;
     esac
   done

@@ -115,8 +115,8 @@ def _delete(console: Console, slice_: dict[str, str]) -> bool:
   for attempt in range(DELETE_TRIES):
     if attempt:
       time.sleep(DELETE_WAIT_S)
-    done = _tpu_sh(slice_, '--yes', 'delete')
-    if not done.returncode or 'NOT_FOUND' in done.stderr or 'not found' in done.stderr:
+    done = _tpu_sh(slice_, '--yes', 'delete')  # succeeds if the slice doesn't exist
+    if not done.returncode:
       return True
   console.print(f'error: {slice_["TPU_NAME"]} could not be deleted: {_last_line(done.stderr)}', markup=False)
   return False

@@ -12,7 +12,7 @@
 #   status                  print the state of the slice and of the run
 #   state                   print the state of the slice only
 #   logs [0|all]            follow the log of worker 0 or of all workers
-#   stop                    ask the run to save and stop
+#   stop                    ask the run to save and stop; a babysit of it ends too
 #   delete                  delete the slice
 #   check                   check the settings and this machine, and start nothing
 #   help                    print this text
@@ -32,7 +32,7 @@
 #   TPU_FLAGS='--valid-until-duration=6h'                     more flags of gcloud's create, such as the server's limits
 #   TPU_TRACK=alpha                                           create through `gcloud alpha`, for flags that only it has
 #   TPU_ENV='LIBTPU_INIT_ARGS="--a --b" NAME=VALUE'           environment of train, rl, eval and run on the workers
-#   TPU_SETUP='sudo mount ...'                                a command that setup runs on every worker
+#   TPU_SETUP='mountpoint -q DIR || sudo mount ...'           a command that setup runs on every worker, each time
 #   TPU_MAX_HOURS, or TPU_MAX_DOLLARS with TPU_DOLLARS_PER_HOUR (price of all slices): the cap of one babysit, in time
 #                                                             that the slice was READY
 #   TPU_TRIES=5                                               failures in a row after which babysit ends
@@ -199,14 +199,11 @@ create() {
   gc "${gcloud[@]}" queued-resources create "$TPU_NAME" "${flags[@]}" "--runtime-version=$TPU_RUNTIME" --quiet
 }
 
-delete() {
-  local flags
+delete() { # succeeds if the slice doesn't exist
+  local flags delete=(tpu-vm delete "$TPU_NAME")
   mapfile -t flags < <(place)
-  if queued; then
-    gc compute tpus queued-resources delete "$TPU_NAME" "${flags[@]}" --force --quiet
-  else
-    gc compute tpus tpu-vm delete "$TPU_NAME" "${flags[@]}" --quiet
-  fi
+  if queued; then delete=(queued-resources delete "$TPU_NAME") flags+=(--force); fi
+  gc compute tpus "${delete[@]}" "${flags[@]}" --quiet || [ "$(slice_state)" = NONE ]
 }
 
 describe() { # describe FIELD: of a queued resource, of a slice
@@ -218,25 +215,27 @@ describe() { # describe FIELD: of a queued resource, of a slice
     gc compute tpus tpu-vm describe "$TPU_NAME" "${flags[@]}" "--format=value($2)"
   fi
 }
-slice_state() { # READY, NONE, GONE (preempted or failed: delete it), BUSY (being created), or UNKNOWN
-  local out
+# READY, NONE, GONE (preempted or failed: delete it), BUSY (being created or deleted, and not billed), ODD (billed, but
+# its workers may not answer), or UNKNOWN (can't be read).
+slice_state() {
+  local out missing="NOT_FOUND: .*/(nodes|queuedResources)/$TPU_NAME([^-a-z0-9]|\$)" # the server's status and resource
   if [ -n "$dry_run" ]; then
     describe state.state state
     return
   fi
   if ! out=$(describe state.state state 2>&1); then
-    case $out in
-      *NOT_FOUND* | *'not found'*) echo NONE ;;
-      *) echo "UNKNOWN $(grep -m 1 ERROR <<<"$out" | cut -c1-500 || true)" ;; # gcloud's hints may follow it
-    esac
+    # gcloud's hints may follow the line with ERROR. If python or the shell failed, there is none.
+    if [[ $out =~ $missing ]]; then echo NONE; else echo "UNKNOWN $(first_error "$out")"; fi
     return 0 # a plain return in a trap would have the status from before the trap
   fi
   case ${out##*$'\n'} in
     READY | ACTIVE) echo READY ;;
     PREEMPTED | TERMINATED | STOPPED | FAILED | SUSPENDED | SUSPENDING) echo "GONE ${out##*$'\n'}" ;;
-    *) echo "BUSY ${out##*$'\n'}" ;;
+    CREATING | ACCEPTED | PROVISIONING | WAITING_FOR_RESOURCES | DELETING) echo "BUSY ${out##*$'\n'}" ;;
+    *) echo "ODD ${out##*$'\n'}" ;; # REPAIRING, HIDDEN, UNKNOWN after a failed repair, ...
   esac
 }
+first_error() { { grep -m 1 ERROR <<<"$1" || tail -n 1 <<<"$1"; } | cut -c1-500; }
 
 # Runs a command line on one worker or on all workers of every slice. gcloud passes it on as one quoted argument.
 on_workers() {
@@ -284,12 +283,19 @@ echo $commit > betarank.new/.commit && rm -rf betarank && mv betarank.new betara
 # Sets `command` to what a verb runs on the workers. `betarank` is the one that setup installed there. Compiled programs
 # are cached in the bucket of the workdir, so that a restart doesn't compile again; TPU_ENV may name another place.
 command_of() {
-  local variables bucket
+  local variables bucket argument
   mapfile -t variables < <(words "${TPU_ENV:-}")
   case ${1:-} in
     train | rl | eval)
-      command=(betarank "$@" --coordinator=auto)
-      bucket=$(grep -oE -m 1 -- '^--(workdir|checkpoint)=gs://[^/]+' < <(printf '%s\n' "$@") || true)
+      command=(betarank)
+      for argument; do # `--workdir DIR` becomes --workdir=DIR, which worker.sh looks for
+        case "${command[-1]} $argument" in
+          '--workdir '[!-]* | '--checkpoint '[!-]*) command[-1]+="=$argument" ;;
+          *) command+=("$argument") ;;
+        esac
+      done
+      command+=(--coordinator=auto)
+      bucket=$(grep -oE -m 1 -- '^--(workdir|checkpoint)=gs://[^/]+' < <(printf '%s\n' "${command[@]}") || true)
       [ -z "$bucket" ] || variables=("JAX_COMPILATION_CACHE_DIR=${bucket#*=}/jax-compilation-cache" "${variables[@]}")
       ;;
     run) command=("${@:2}") ;;
@@ -334,7 +340,6 @@ case $verb in
 esac
 need TPU_NAME TPU_PROJECT TPU_ZONE
 check_settings
-# The shell's own message says `not found`, as gcloud does of a slice that doesn't exist.
 [ -n "$dry_run" ] || command -v gcloud >/dev/null || die 'gcloud is not installed'
 case $verb in
   create | babysit | check)

@@ -3,16 +3,16 @@
 #
 #   setup [COMMAND]       install Python and the packages of launch/lock into betarank-venv, unless they are there; run COMMAND
 #   start ID COMMAND...   start a command in a tmux session, which outlives ssh; its output goes to betarank-run/log
-#   state ID              print betarank-state none|running|done|stopped|failed CODE|lost|other
+#   state ID              print betarank-state none|running|done|stopped|asked|failed CODE|lost|other
 #   stop ID               send SIGTERM, on which a run saves and stops; wait until it has ended
 #   log [LINES]           print the end of the log
 #   news KEY              print what was added to the log since the last `news KEY`, with the worker's name on each line
 #
-# If the command has a --workdir, the end of the log is copied to WORKDIR/hosts/WORKER.out every few minutes and at the
+# If the command has a --workdir=DIR, the end of the log is copied to WORKDIR/hosts/WORKER.out every few minutes and at the
 # end: it outlives the slice there.
 #
 # ID identifies the command that is meant: the state `other` means that another command runs, and `stop` doesn't stop
-# another command. An empty ID matches any.
+# another command. An empty ID matches any; `stop` then leaves a mark, and the state is `asked` until the next start.
 # A command that ends with status 130 (Ctrl-C) or 143 (SIGTERM) was asked to stop: it isn't done, and hasn't failed.
 set -euo pipefail
 
@@ -60,7 +60,7 @@ case $1 in
       exit 1
     fi
     mkdir -p "$run"
-    rm -f "$run/exit" "$run/pid" "$run"/seen-*
+    rm -f "$run/exit" "$run/pid" "$run/asked" "$run"/seen-*
     echo "$2" >"$run/id"
     printf '%q ' "${@:3}" >"$run/command"
     tmux kill-session -t betarank 2>/dev/null || true
@@ -104,6 +104,7 @@ case $1 in
         130 | 143) state=stopped ;;
         *) state="failed $(cat "$run/exit")" ;;
       esac
+      if [ "$state" != 'done' ] && [ -f "$run/asked" ]; then state=asked; fi
     elif alive; then
       state=running
     else
@@ -112,6 +113,7 @@ case $1 in
     echo "betarank-state $state"
     ;;
   stop)
+    if [ -z "${2:-}" ] && [ -d "$run" ]; then touch "$run/asked"; fi
     if alive && { [ -z "${2:-}" ] || [ "$2" = "$(cat "$run/id")" ]; }; then
       kill -TERM "$(cat "$run/pid")" 2>/dev/null || true
       for _ in $(seq "$grace"); do

@@ -5,8 +5,9 @@
 #   betarank sweep --config=FILE --root=gs://BUCKET/DIR --parallel=4 --on='bash launch/examples/jobset.sh {name} {command}'
 #
 # A JobSet that exists already, since this script was killed while its job lived on, is waited for. If someone else
-# deletes it, the script ends with status 1. While the cluster can't be reached, the script tries again. On SIGTERM the
-# JobSet is deleted: its pods get SIGTERM and have ten minutes to save.
+# deletes it, the script ends with status 1. While the cluster can't be reached, the script tries again; only before a
+# JobSet was seen or created it gives up, after 20 polls (ten minutes). On SIGTERM the JobSet is deleted: its pods get
+# SIGTERM and have ten minutes to save.
 set -euo pipefail
 name=$1 command=$2
 : "${IMAGE:?IMAGE is not set}" "${QUEUE:?QUEUE is not set}"
@@ -35,27 +36,35 @@ state() { # "is STATE", where STATE is empty while the job runs; "missing"; "unk
   found=$(kubectl get jobset "$name" --ignore-not-found --output=jsonpath='is {.status.terminalState}') || found=unknown
   echo "${found:-missing}"
 }
-trap 'kubectl delete jobset "$name" --wait=true; exit 143' TERM INT
+gone() { # gone FLAGS: deletes the JobSet
+  until kubectl delete jobset "$name" --ignore-not-found "$@"; do sleep "${POLL_S:-30}"; done
+}
+trap 'gone --wait=true; exit 143' TERM INT
 
-seen=
+seen='' polls=0
 while true; do
   case $(state) in
+    unknown | missing)
+      if [ -z "$seen" ] && [ "$((polls += 1))" -gt 20 ]; then
+        echo "jobset.sh: JobSet $name could not be created; kubectl's messages are above" >&2
+        exit 1
+      fi
+      ;;&
     unknown) ;;
     missing)
       if [ "$seen" ]; then
         echo "jobset.sh: JobSet $name is gone, but this script didn't delete it" >&2
         exit 1
       fi
-      manifest | kubectl create --filename=-
-      seen=yes
+      if manifest | kubectl create --filename=-; then seen=yes; fi
       ;;
     "is Completed")
-      kubectl delete jobset "$name" --wait=false
+      gone --wait=false
       exit 0
       ;;
     "is Failed")
       kubectl logs --selector="jobset.sigs.k8s.io/jobset-name=$name" --tail=20 >&2 || true
-      kubectl delete jobset "$name" --wait=false # so that the next launch may try again
+      gone --wait=false # so that the next launch may try again
       exit 1
       ;;
     *) seen=yes ;;

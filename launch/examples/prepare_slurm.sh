@@ -6,7 +6,8 @@
 #   bash launch/examples/prepare_slurm.sh 16 --config=FILE [--config.KEY=VALUE ...]
 #
 # data.dir must be on a disk that all nodes share, or in a bucket. A task whose node fails is requeued, and resumes
-# after its last finished shard. If a part fails, the parts aren't combined; the same command prepares only what is missing.
+# after its last finished shard. If a part fails, the parts aren't combined, and the status is 1. The same command then
+# prepares only what is missing.
 set -euo pipefail
 
 case $1 in
@@ -19,8 +20,20 @@ read -ra options <<<"${SLURM_OPTIONS:-}"
 common=(--parsable --requeue --open-mode=append "${options[@]}")
 array=$(sbatch "${common[@]}" --job-name=prepare --array="1-$parts" --output="${SLURM_LOGS:-prepare-%a.log}" \
   "$0" --part "$parts" "$@")
-trap 'scancel "${array%%;*}"; exit 143' TERM INT
-# It is cancelled, and this script fails, if a part fails.
+finish=$(mktemp)
+trap 'rm -f "$finish"' EXIT
+trap 'scancel "${array%%;*}" $(cut -d";" -f1 "$finish"); exit 143' TERM INT
+# It is cancelled if a part fails.
 sbatch "${common[@]}" --wait --job-name=prepare-finish --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes \
-  --output="${SLURM_LOGS:-prepare-finish.log}" "$0" --finish "$@" &
-wait $!
+  --output="${SLURM_LOGS:-prepare-finish.log}" "$0" --finish "$@" >"$finish" &
+code=0
+wait $! || code=$?
+if [ ! -s "$finish" ]; then # sbatch has refused it
+  scancel "${array%%;*}"
+elif [ "$code" = 0 ]; then # also if the job was cancelled before it ran
+  scontrol show job "$(cut -d';' -f1 "$finish")" | grep JobState=COMPLETED >/dev/null || {
+    echo 'prepare_slurm.sh: the parts were not combined, because one failed; see its log' >&2
+    code=1
+  }
+fi
+exit "$code"

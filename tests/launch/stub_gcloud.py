@@ -44,6 +44,16 @@ def main(argv):
   return globals()[verb](kind, name, flags, argv)
 
 
+def missing(kind, name, verb, argv):
+  """Prints gcloud's error for a slice that doesn't exist."""
+  flags = dict(a[2:].partition('=')[::2] for a in argv[5:] if a.startswith('--'))
+  of = 'queuedResources' if kind == 'queued-resources' else 'nodes'
+  print(f"ERROR: (gcloud.compute.tpus.{kind}.{verb}) NOT_FOUND: Resource 'projects/{flags['project']}/locations/"
+        f"{flags['zone']}/{of}/{name}' was not found. This command is authenticated as someone@example.org",
+        file=sys.stderr)
+  return 1
+
+
 def create(kind, name, flags, _):
   count = int((STUB / 'workers').read_text()) if (STUB / 'workers').exists() else 1
   state = (STUB / 'created_state').read_text() if (STUB / 'created_state').exists() else 'READY'
@@ -60,11 +70,10 @@ def create(kind, name, flags, _):
   return 0
 
 
-def delete(kind, name, _flags, _argv):
+def delete(kind, name, _flags, argv):
   nodes = [name]
   if not (STUB / ('queued' if kind == 'queued-resources' else 'nodes') / name).exists():
-    print(f'ERROR: (gcloud.compute.tpus.{kind}.delete) NOT_FOUND: Resource {name} was not found', file=sys.stderr)
-    return 1
+    return missing(kind, name, 'delete', argv)
   if kind == 'queued-resources':
     nodes = (STUB / 'queued' / name).read_text().split()
     (STUB / 'queued' / name).unlink()
@@ -74,14 +83,13 @@ def delete(kind, name, _flags, _argv):
   return 0
 
 
-def describe(kind, name, flags, _):
+def describe(kind, name, flags, argv):
   node = STUB / 'nodes' / name
   if kind == 'queued-resources':
     entry = STUB / 'queued' / name
     node = STUB / 'nodes' / entry.read_text().split()[0] if entry.exists() else entry
   if not node.exists():
-    print(f'ERROR: (gcloud.compute.tpus.{kind}.describe) NOT_FOUND: Resource {name} was not found', file=sys.stderr)
-    return 1
+    return missing(kind, name, 'describe', argv)
   state = (node / 'state').read_text()
   if 'failedData' in flags['format']:
     state = (STUB / 'message').read_text()

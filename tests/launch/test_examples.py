@@ -16,18 +16,21 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'examples'
 COMMAND = shlex.join(['betarank', 'train', '--config=a b', "--x=it's", '--y=$HOME & \\1'])
 
-# Records its arguments and input. `get` prints the state that the test has written. It fails if the file `down` exists.
+# Records its arguments and input. `get` prints the state that the test has written. All calls fail if the file `down`
+# exists, and `create` if `forbidden` does.
 STAND_IN = '''#!{python}
 import json, os, pathlib, signal, sys, time
 here = pathlib.Path(os.environ['HERE'])
 text = sys.stdin.read() if '--filename=-' in sys.argv else ''
 with open(here / 'calls.jsonl', 'a') as file:
   file.write(json.dumps([sys.argv[1:], text]) + '\\n')
+if (here / 'down').exists():
+  sys.exit('Unable to connect to the server')
 if sys.argv[1] == 'create':
+  if (here / 'forbidden').exists():
+    sys.exit('Forbidden')
   (here / 'state').write_text('Running')
 if sys.argv[1] == 'get':
-  if (here / 'down').exists():
-    sys.exit('Unable to connect to the server')
   if (here / 'state').exists():
     state = (here / 'state').read_text()
     [template] = [word.removeprefix('--output=jsonpath=') for word in sys.argv if word.startswith('--output=')]
@@ -114,7 +117,27 @@ def test_a_jobset_that_lives_on_is_not_created_again_and_a_stop_deletes_it(jobse
   jobset.wait(lambda: len(jobset.calls('get')) > 2)
   process.send_signal(signal.SIGTERM)
   assert process.wait(60) == 143
-  assert not jobset.calls('create') and jobset.calls('delete') == [[['delete', 'jobset', 'job-1', '--wait=true'], '']]
+  assert not jobset.calls('create')
+  assert jobset.calls('delete') == [[['delete', 'jobset', 'job-1', '--ignore-not-found', '--wait=true'], '']]
+
+
+def test_a_stop_deletes_a_jobset_even_if_the_cluster_does_not_answer_at_first(jobset):
+  (jobset.folder / 'state').write_text('Running')
+  process = jobset.start('job-1', COMMAND)
+  jobset.wait(lambda: len(jobset.calls('get')) > 2)
+  (jobset.folder / 'down').touch()
+  process.send_signal(signal.SIGTERM)
+  jobset.wait(lambda: len(jobset.calls('delete')) > 1)
+  assert process.poll() is None
+  (jobset.folder / 'down').unlink()
+  assert process.wait(60) == 143
+
+
+def test_a_jobset_that_can_not_be_created_ends_with_one_line(jobset):
+  (jobset.folder / 'forbidden').touch()
+  _, err = jobset.start('job-1', COMMAND).communicate(timeout=120)
+  assert len(jobset.calls('create')) == 20
+  assert err.splitlines()[-1] == "jobset.sh: JobSet job-1 could not be created; kubectl's messages are above"
 
 
 @pytest.mark.parametrize('exists', [True, False])

@@ -78,7 +78,7 @@ def test_every_verb_on_64_workers(cloud):
   code, out, err = cloud('status')
   assert code == 0 and out.splitlines()[0] == 'READY' and out.count('betarank-state done') == 64, err
   assert cloud('stop')[0] == 0 and cloud('--yes', 'delete')[0] == 0
-  assert cloud('state')[1].strip() == 'NONE' and not cloud.api.nodes
+  assert cloud('state')[1].strip() == 'NONE' and not cloud.api.nodes and cloud('--yes', 'delete')[0] == 0
 
 
 def test_two_queued_slices(cloud):
@@ -95,6 +95,7 @@ def test_two_queued_slices(cloud):
   assert cloud('--yes', 'delete', **settings)[0] == 0
   [parameters] = [request[2] for request in cloud.api.requests if request[0] == 'DELETE']
   assert parameters['force'].lower() == 'true' and not cloud.api.nodes and not cloud.api.queued
+  assert cloud('state', **settings)[1].strip() == 'NONE' and cloud('--yes', 'delete', **settings)[0] == 0
 
 
 STOCKOUT = 'There is no more capacity in the zone "europe-west4-b"; you can try in another zone'

@@ -15,7 +15,8 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'examples'
 BETARANK = '#!{python}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n'
 
-# As sbatch does it: an array runs once per index, a dependent job only if it succeeded, and prints `ID;CLUSTER`.
+# As sbatch does it: an array runs once per index, a dependent job only if it succeeded, and prints `ID;CLUSTER`. With
+# --wait, the status is that of the job, but 0 if the job was cancelled before it ran.
 SBATCH = '''#!{python}
 import json, os, pathlib, re, subprocess, sys
 here = pathlib.Path(os.environ['HERE'])
@@ -26,6 +27,8 @@ number = len(jobs.read_text().splitlines()) + 1 if jobs.exists() else 1
 array = next((re.fullmatch('--array=1-([0-9]+)', a)[1] for a in options if a.startswith('--array')), '')
 before = next((a.split('=')[1] for a in options if a.startswith('--dependency')), '')
 failed = []
+if before and os.environ.get('REFUSED'):
+  sys.exit('sbatch: error: Batch job submission failed')
 if not before or json.loads(jobs.read_text().splitlines()[int(before.split(':')[1]) - 1])['failed'] == []:
   for index in range(1, int(array) + 1) if array else ['']:
     more = {{'SLURM_ARRAY_TASK_ID': str(index), 'SLURM_CPUS_ON_NODE': '4'}}
@@ -38,13 +41,19 @@ else:
 with open(jobs, 'a') as file:
   file.write(json.dumps(dict(options=options, failed=failed)) + '\\n')
 print(f'{{number}};cluster')
-sys.exit(bool(failed) and '--wait' in options)
+sys.exit(bool(failed) and failed != ['dependency'] and '--wait' in options)
 '''
+SCONTROL = '''#!{python}
+import json, os, pathlib, sys
+job = json.loads((pathlib.Path(os.environ['HERE']) / 'jobs.jsonl').read_text().splitlines()[int(sys.argv[-1]) - 1])
+print(f'JobId={{sys.argv[-1]}}\\n   JobState={{"CANCELLED" if job["failed"] else "COMPLETED"}} Reason=None')
+'''
+SCANCEL = '#!/bin/sh\necho "$*" >>"$HERE/cancelled"\n'
 
 
 @pytest.fixture
 def folder(tmp_path):
-  for name, text in (('betarank', BETARANK), ('sbatch', SBATCH), ('scancel', BETARANK)):
+  for name, text in (('betarank', BETARANK), ('sbatch', SBATCH), ('scancel', SCANCEL), ('scontrol', SCONTROL)):
     (tmp_path / name).write_text(text.format(python=sys.executable))
     (tmp_path / name).chmod(0o755)
   return tmp_path
@@ -71,6 +80,13 @@ def test_parts_of_a_slurm_array_are_not_combined_if_one_fails(folder):
   script = EXAMPLES / 'prepare_slurm.sh'
   done = run(folder, script, 2, '--config=x', SCRIPT=str(script), FAILS='2')
   assert done.returncode == 1 and not (folder / '2.').exists()
+  assert done.stderr == 'prepare_slurm.sh: the parts were not combined, because one failed; see its log\n'
+
+
+def test_a_slurm_array_is_cancelled_if_the_job_after_it_is_refused(folder):
+  script = EXAMPLES / 'prepare_slurm.sh'
+  done = run(folder, script, 2, '--config=x', SCRIPT=str(script), REFUSED='1')
+  assert done.returncode == 1 and (folder / 'cancelled').read_text() == '1\n'
 
 
 def test_an_indexed_job_prepares_each_part(folder):

@@ -1,5 +1,5 @@
 """Tests launch/examples/slurm.sh on a real Slurm cluster of three nodes: exit statuses, stops, jobs of two processes,
-and a node that dies.
+and a node that dies. Also prepare_slurm.sh, if a part fails.
 """
 
 import collections
@@ -108,6 +108,21 @@ def test_two_jobs_of_one_point_never_run_at_once(cluster, tmp_path):
   cluster.wait(lambda: (tmp_path / 'started').read_text() == 'xx', 120)
   second.terminate()
   assert second.wait(120) == 143
+
+
+@pytest.mark.slow
+def test_parts_of_data_are_combined_only_if_all_are_prepared(cluster, tmp_path):
+  betarank = tmp_path / 'betarank'
+  betarank.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n'
+                      f'case "$*" in *--part=2/2*) [ -f {tmp_path}/good ] || exit 2;; esac\n')
+  betarank.chmod(0o755)
+  for code in (1, 0):
+    done = subprocess.run(['bash', SCRIPT.with_name('prepare_slurm.sh'), '2', '--config=x'], text=True, timeout=300,
+                          capture_output=True, cwd=tmp_path, env={
+                            **os.environ, **cluster.environment, 'PATH': f'{tmp_path}:{slurm_cluster.PATH}'})
+    assert done.returncode == code and ('were not combined' in done.stderr) == bool(code), done.stderr
+    assert ('data finish --config=x' in (tmp_path / 'calls').read_text()) == (not code)
+    (tmp_path / 'good').touch()
 
 
 @pytest.mark.slow

@@ -50,8 +50,10 @@ class Cloud:
             **SETTINGS, **settings}
 
   def start(self, *argv, **settings):
-    return subprocess.Popen(['bash', self.tree / 'launch' / 'tpu.sh', *argv], env=self.environment(**settings),
-                            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+      ['bash', self.tree / 'launch' / 'tpu.sh', *argv], env=self.environment(**settings), text=True,
+      stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # these tests may run in the background
 
   def __call__(self, *argv, **settings):
     """Runs tpu.sh. Returns (exit status, standard output, standard error)."""
@@ -229,6 +231,24 @@ def test_arguments_reach_the_command_as_they_are(cloud, tmp_path):
     assert json.loads((cloud.home(worker=worker) / 'seen').read_text()) == odd
 
 
+MISSING = "NOT_FOUND: Resource 'projects/my-project/locations/europe-west4-b/{}' was not found. This command is ..."
+
+
+@pytest.mark.parametrize('stderr, state', [
+  (f'ERROR: (gcloud) {MISSING.format("nodes/pod")}', 'NONE'),
+  (f'ERROR: (gcloud) {MISSING.format("nodes/pod-1")}', 'UNKNOWN'),
+  ("ERROR: (gcloud) NOT_FOUND: Resource 'projects/pod' was not found", 'UNKNOWN'),
+  ("ERROR: (gcloud) refreshing your auth tokens: ('invalid_grant: Invalid grant: account not found')", 'UNKNOWN'),
+  ('/usr/bin/gcloud: 199: exec: /usr/bin/python3: not found', 'UNKNOWN')])
+def test_only_the_server_says_that_a_slice_does_not_exist(cloud, stderr, state):
+  """A slice that is taken for gone by mistake costs money, and would not be deleted."""
+  cloud.fail({'match': ' describe ', 'stderr': stderr}, {'match': ' delete ', 'stderr': 'ERROR: UNAVAILABLE'})
+  code, out, _ = cloud('state')
+  assert code == 0 and out.split()[0] == state and (state == 'NONE' or stderr in out)
+  cloud.fail({'match': ' describe ', 'stderr': stderr}, {'match': ' delete ', 'stderr': 'ERROR: UNAVAILABLE'})
+  assert cloud('--yes', 'delete')[0] == (state != 'NONE')
+
+
 def test_train_joins_the_workers_into_one_job(cloud):
   code, out, err = cloud('--dry_run', 'train', '--config=configs/smoke.py:beta=-0.25', '--workdir=gs://b/x')
   assert code == 0, err
@@ -401,9 +421,33 @@ def test_a_closed_terminal_leaves_no_slice_that_is_to_be_deleted(cloud, flags, c
   assert cloud.verbs() == ['create', 'scp', *['delete'] * bool(flags)]
 
 
+def test_ctrl_c_keeps_the_slice_even_if_nothing_reads_the_messages(cloud):
+  """In `babysit ... 2>&1 | tee FILE`, Ctrl-C ends tee too. A reader may also end earlier."""
+  process = babysit(cloud, 'wait', '--delete', start=True)
+  cloud.wait_for(cloud.home() / 'waiting')
+  process.stderr.close()
+  process.stdout.close()
+  asked = len(cloud.calls)
+  cloud.fail({'match': 'tpu-vm describe', 'stderr': 'ERROR: 503'})  # which is a message
+  cloud.wait_until(lambda: len(cloud.calls) > asked + 3, 'babysit has ended')
+  process.send_signal(signal.SIGINT)
+  assert process.wait(240) == 130 and cloud.verbs() == ['create', 'scp']
+
+
 def test_babysit_takes_a_run_that_was_asked_to_stop_up_again(cloud):
   code, _, err = babysit(cloud, '143,130,0')
   assert code == 0 and starts(cloud) == 3, err
+
+
+def test_the_verb_stop_ends_the_babysit_of_the_run_too(cloud):
+  process = babysit(cloud, 'wait,0', start=True)
+  cloud.wait_for(cloud.home() / 'waiting')
+  cloud.wait_until(lambda: 'worker.sh state' in ' '.join(cloud.calls[-1]), 'babysit has not seen the run')
+  assert cloud('stop')[0] == 0
+  _, err = process.communicate(timeout=240)
+  assert process.returncode == 143 and 'was stopped with launch/tpu.sh stop' in err and starts(cloud) == 1, err
+  code, _, err = babysit(cloud, 'wait,0')
+  assert code == 0 and starts(cloud) == 2, err
 
 
 @pytest.mark.parametrize('queued', ['', pytest.param('1', marks=pytest.mark.slow)])
@@ -435,7 +479,8 @@ def test_babysit_starts_again_what_a_restarted_machine_has_lost(cloud):
 @pytest.mark.parametrize(
   'how, code, times, message',
   [('2', 2, 1, 'the run refused its settings (exit 2), so it is not started again'),
-   pytest.param('134', 5, 4, 'the run failed 4 times in a row (134)', marks=pytest.mark.slow),
+   pytest.param('134', 5, 4, 'the run ended 4 times in a row; the last time it failed (134)', marks=pytest.mark.slow),
+   ('143', 5, 4, 'the run ended 4 times in a row; the last time it was asked to stop'),
    ('134,3,0', 0, 3, 'the run failed (3); next try')])
 def test_babysit_tries_a_run_that_fails_again_within_reason(cloud, how, code, times, message):
   got, _, err = babysit(cloud, how, *(['--delete'] if code else []))
@@ -445,6 +490,20 @@ def test_babysit_tries_a_run_that_fails_again_within_reason(cloud, how, code, ti
   else:
     assert sum('worker.sh start' in ' '.join(call) for call in cloud.calls) == times
     assert cloud.verbs()[-1] == 'delete'
+
+
+def test_exit_2_of_a_run_that_has_accepted_its_settings_is_tried_again(cloud):
+  """It is then a bucket that failed for longer than the run tries again."""
+  script = cloud.tree / 'launch' / 'babysit.sh'
+  script.write_text(script.read_text().replace('accepted_s=600 ', 'accepted_s=0 '))
+  process = cloud.start('--yes', 'babysit', 'run', 'bash', '-c', 'printf x >>../starts; until [ -f ../go ]; '
+                        'do sleep 0.1; done; if [ ! -f ../again ]; then touch ../again; exit 2; fi')
+  cloud.wait_for(cloud.home() / 'starts')
+  asked = len(cloud.calls)
+  cloud.wait_until(lambda: sum('worker.sh state' in ' '.join(call) for call in cloud.calls[asked:]) > 1, 'no poll')
+  (cloud.home() / 'go').touch()
+  _, err = process.communicate(timeout=240)
+  assert process.returncode == 0 and starts(cloud) == 2 and 'the run failed (2); next try' in err, err
 
 
 def test_babysit_starts_again_what_an_earlier_one_gave_up(cloud):
@@ -458,6 +517,8 @@ def test_babysit_starts_again_what_an_earlier_one_gave_up(cloud):
   [
     ("ERROR: RESOURCE_EXHAUSTED: Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded. Limit: 0", 1, 3,
      'has no quota'),
+    ("ERROR: RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Write requests' and limit 'Write requests per minute'"
+     " of service 'tpu.googleapis.com'", 2, 0, 'create failed (1 of 5 failures in a row)'),
     ('ERROR: PERMISSION_DENIED: tpu.nodes.create', 1, 3, 'another try would be refused too'),
     ('ERROR: There is no more capacity in the zone "europe-west4-b"', 2, 0, 'no capacity; next try in 0 s'),
   ],
@@ -485,6 +546,18 @@ def test_a_worker_that_stays_out_of_reach_costs_the_slice_not_the_run(cloud):
   code, _, err = babysit(cloud, '0')
   assert code == 0 and 'still unreachable: deleting and recreating the slice' in err
   assert cloud.verbs() == ['create', 'delete', 'create', 'scp']
+
+
+def test_a_slice_that_does_not_become_ready_again_is_replaced_and_counted(cloud):
+  """It is billed, so it must not be waited for without end."""
+  (cloud.stub / 'created_state').write_text('UNKNOWN')
+  cloud.fail({'match': 'tpu-vm ssh', 'stderr': 'ERROR: the TPU is in state UNKNOWN', 'code': 1, 'times': ALWAYS})
+  code, _, err = babysit(cloud, '0', TPU_TRIES='2', TPU_DOLLARS_PER_HOUR='3600')
+  assert code == 6 and 'the slice is UNKNOWN' in err and cloud.verbs() == 2 * ['create', 'delete'], err
+  assert '($0.00)' not in err.splitlines()[-1]
+  (cloud.stub / 'created_state').write_text('REPAIRING')
+  code, _, err = babysit(cloud, '0', '--delete', TPU_TRIES='9', TPU_MAX_HOURS='0.0001')
+  assert code == 4 and cloud.verbs()[-1] == 'delete', err
 
 
 def test_the_cap_ends_the_run_with_a_checkpoint(cloud):
@@ -529,8 +602,9 @@ def test_failures_in_a_row_end_the_watch_with_the_reason(cloud, call, what, crea
 
 def test_a_call_that_hangs_is_a_failure_too(cloud):
   cloud.fail({'match': 'tpu-vm scp', 'stderr': '', 'seconds': 100, 'times': ALWAYS})
-  code, _, err = babysit(cloud, '0', '--delete', TPU_TRIES='2', TPU_CALL_LIMIT='1')
-  assert code == 6 and 'push failed' in err and cloud.verbs() == ['create', 'scp', 'scp', 'delete'], err
+  code, _, err = babysit(cloud, '0', '--delete', TPU_TRIES='1', TPU_CALL_LIMIT='3', TPU_DOLLARS_PER_HOUR='3600')
+  assert code == 6 and 'push failed' in err and cloud.verbs() == ['create', 'scp', 'delete'], err
+  assert float(re.search(r'\(\$([\d.]+)\)', err.splitlines()[-1])[1]) >= 2  # dollars are seconds, those of the call too
 
 
 @pytest.mark.slow
@@ -585,7 +659,8 @@ def test_a_wrong_zone_project_or_login_ends_the_watch_at_once(cloud, call, stder
 
 
 def test_an_unknown_error_of_create_is_counted(cloud):
-  cloud.fail({'match': 'tpu-vm create', 'stderr': 'ERROR: INTERNAL: something broke', 'times': ALWAYS})
+  cloud.fail({'match': 'tpu-vm create', 'stderr': 'ERROR: INTERNAL: something broke in projects/my-quota-capacity-1',
+              'times': ALWAYS})
   code, _, err = babysit(cloud, '0', TPU_TRIES='3')
   assert code == 6 and cloud.verbs().count('create') == 3 and 'INTERNAL: something broke' in err
 
@@ -634,6 +709,7 @@ def test_compiled_programs_are_cached_in_the_bucket_unless_told_otherwise(cloud)
   run = lambda *argv, **settings: cloud('--dry_run', *argv, **settings)[1]
   assert 'JAX_COMPILATION_CACHE_DIR=gs://b/jax-compilation-cache\\ betarank\\ eval' in run(
     'eval', 'probe', '--checkpoint=gs://b/run/x')
+  assert run('train', '--workdir', 'gs://b/x', '--a') == run('train', '--workdir=gs://b/x', '--a')
   assert 'JAX_COMPILATION_CACHE_DIR' not in run('train', '--workdir=runs/x')
   theirs = run('train', '--workdir=gs://b/x', TPU_ENV='JAX_COMPILATION_CACHE_DIR=gs://c/d')
   assert theirs.index('gs://b/jax') < theirs.index('gs://c/d')  # of two, env takes the last
