@@ -8,8 +8,9 @@ KEY=VALUE is a setting of MaxText. XLA flags can be given in LIBTPU_INIT_ARGS, a
 settings that were compared.
 """
 
+import argparse
+import importlib.util
 import pathlib
-import sys
 import tempfile
 
 from betarank.launch.plan import chips, hlo, predict
@@ -19,7 +20,24 @@ FIXED = ('override_model_config=true', 'dataset_type=synthetic', 'enable_checkpo
          'compile_topology_num_slices=1')
 
 
-def main(topology: chips.Topology, settings: list[str]) -> None:
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('topology', metavar='TOPOLOGY')
+  parser.add_argument('settings', nargs='*', metavar='KEY=VALUE')
+  args = parser.parse_args()
+  try:
+    topology = chips.topology(args.topology)
+  except chips.PlanError as error:
+    parser.error(str(error))
+  for setting in args.settings:
+    if '=' not in setting:
+      parser.error(f'{setting}: expected KEY=VALUE')
+  if not importlib.util.find_spec('maxtext'):
+    parser.error('MaxText is not installed: pip install maxtext')
+  measure(topology, args.settings)
+
+
+def measure(topology: chips.Topology, settings: list[str]) -> None:
   with tempfile.TemporaryDirectory() as place:
     folder = pathlib.Path(place) / 'bundles'
     folder.mkdir()
@@ -47,6 +65,4 @@ def main(topology: chips.Topology, settings: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  if len(sys.argv) < 2:
-    sys.exit(__doc__)
-  main(chips.topology(sys.argv[1]), sys.argv[2:])
+  main()

@@ -13,10 +13,11 @@ processes, as in the second and third command. With --before, each variant of be
 sampler of commit 1f66ce9, whose cache had no pages.
 
 The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
-1.05B, or a mixture of experts with 1.78B. Variants whose package isn't installed are left out (pip install google-tunix
-transformers torch). Each variant runs once to compile, unless --cold is given, and then --repeats times, interleaved
-with the other variants. The table has the fastest run of each variant, in generated tokens per second, and per second
-of CPU time. transformers runs on the GPU, in bfloat16, if torch finds one.
+1.05B, or a mixture of experts with 1.78B, which the peers don't have. Variants whose package isn't installed are left
+out (pip install google-tunix transformers torch). No token ends an answer of `ours` and `theirs`, so all draw equally
+many tokens. Each variant runs once to compile, and then --repeats times, interleaved with the other variants. The table
+has the fastest run of each variant, in generated tokens per second, and per second of CPU time. On a GPU, all compute
+in bfloat16. transformers runs there if torch finds it.
 """
 
 import argparse
@@ -36,8 +37,9 @@ from betarank import model
 from betarank.train import sampler as now
 
 CONFIG, *_ = MODELS['small']
-EOS = 3
+EOS, NO_TOKEN = 3, -1
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 64, 128
+PARTS = 'ours', 'theirs', 'refill', 'prefill', 'smoke'  # what --only selects
 REFILL = 32, 512, 3.4, 0  # rows, longest answer, logarithm of the median, room of the cache in tokens (0: for all)
 BANDWIDTH = {'NVIDIA H100': 3.35e12, 'NVIDIA H200': 4.8e12}  # bytes per second, by the data sheets
 SMOKE = dataclasses.replace(CONFIG, vocab_size=1024, layers=2, d_model=96, d_ff=288, heads=3, kv_heads=1, head_dim=32)
@@ -76,13 +78,14 @@ def count(groups):
 def ours(params, of=now):
   settings = of.SamplerConfig(PROMPTS * SAMPLES, PROMPT_TOKENS, NEW_TOKENS)
   sampler, prompts = of.Sampler(CONFIG, settings, EOS), make_prompts(PROMPTS, PROMPT_TOKENS, of)
+  sampler.eos = NO_TOKEN  # which the constructor refuses
   return {'betarank': lambda seed: count(sampler(params, prompts, samples=SAMPLES, seed=seed, step=0))}
 
 
 def tunix():
   """Returns a function seed -> number of tokens, which runs tunix's vanilla sampler.
 
-  The sampler samples from the full distribution, and an answer ends at the token EOS.
+  The sampler samples from the full distribution, and no token ends an answer.
   """
   from flax import nnx
   from tunix.generate import sampler as peer
@@ -92,23 +95,23 @@ def tunix():
     encode = staticmethod(lambda text, **_: [int(word) for word in text.split()])
     decode = staticmethod(lambda tokens, **_: ' '.join(map(str, tokens)))
     bos_id = staticmethod(lambda: 1)
-    eos_id = staticmethod(lambda: EOS)
+    eos_id = staticmethod(lambda: NO_TOKEN)
     pad_id = staticmethod(lambda: 0)
 
   transformer = qwen3.Qwen3(
     qwen3.ModelConfig(
       num_layers=CONFIG.layers, vocab_size=CONFIG.vocab_size, embed_dim=CONFIG.d_model, hidden_dim=CONFIG.d_ff,
       num_heads=CONFIG.heads, head_dim=CONFIG.head_dim, num_kv_heads=CONFIG.kv_heads, rope_theta=1_000_000,
-      norm_eps=CONFIG.norm_eps, use_tied_embedding=True),
+      norm_eps=CONFIG.norm_eps, use_tied_embedding=True, dtype=CONFIG.dtype, param_dtype=CONFIG.dtype),
     rngs=nnx.Rngs(0))
-  cache = peer.CacheConfig(256, CONFIG.layers, CONFIG.kv_heads, CONFIG.head_dim)
+  cache = peer.CacheConfig(PROMPT_TOKENS + NEW_TOKENS, CONFIG.layers, CONFIG.kv_heads, CONFIG.head_dim)
   sample = peer.Sampler(transformer, Words(), cache)
   texts = [' '.join(map(str, p.tokens)) for p in make_prompts(PROMPTS, PROMPT_TOKENS) for _ in range(SAMPLES)]
 
   def run(seed):
     out = sample(
       texts, max_generation_steps=NEW_TOKENS, max_prompt_length=PROMPT_TOKENS, temperature=1.0, top_p=1.0, seed=seed,
-      eos_tokens=[EOS])
+      eos_tokens=[NO_TOKEN])
     return sum(len(tokens) for tokens in out.tokens)
 
   return run
@@ -117,7 +120,8 @@ def tunix():
 def transformers():
   """Returns a function seed -> number of tokens, which runs `generate` of transformers.
 
-  `generate` samples from the full distribution, and no token ends an answer.
+  `generate` samples from the full distribution, and no token ends an answer. With seed 0, which is for warming up, an
+  answer has 8 tokens.
   """
   import torch
   import transformers as peer
@@ -135,8 +139,8 @@ def transformers():
     torch.manual_seed(seed)
     with torch.inference_mode():
       out = lm.generate(
-        token, attention_mask=torch.ones_like(token), max_new_tokens=NEW_TOKENS, do_sample=True, temperature=1.0,
-        top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0)
+        token, attention_mask=torch.ones_like(token), max_new_tokens=NEW_TOKENS if seed else 8, do_sample=True,
+        temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0)
     return out[:, PROMPT_TOKENS:].numel()
 
   return run
@@ -228,17 +232,16 @@ def prefill(params, of=now):
   }
 
 
-def measure(ways, repeats, cold=False):
+def measure(ways, repeats):
   """Returns {variant: (tokens per second, tokens per CPU second of this process)}.
 
   Each of the two figures is the best of all runs of the variant. The runs of all variants are interleaved.
 
   ways: the variants, {name: function seed -> number of generated tokens}.
-  repeats: the number of timed runs of each variant.
-  cold: whether to leave out the untimed first run, which compiles.
+  repeats: the number of timed runs of each variant. An untimed run with seed 0, which compiles, comes before them.
   """
   best = dict.fromkeys(ways, (0.0, 0.0))
-  for run in ways.values() if not cold else ():
+  for run in ways.values():
     run(0)
   for repeat in range(repeats):
     for name, run in list(ways.items())[:: -1 if repeat % 2 else 1]:
@@ -267,15 +270,19 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--size', choices=('small', '1b', '2b-moe'), default='small')
   parser.add_argument('--repeats', type=int, default=3)
-  parser.add_argument('--cold', action='store_true', help='no first run to compile: for peers that take minutes')
   parser.add_argument('--only', default='ours,theirs,refill,prefill')
   parser.add_argument('--before', help='a checkout of commit 1f66ce9, whose sampler is timed too')
   args = parser.parse_args()
+  only = args.only.split(',')
+  for name in only:
+    if name not in PARTS:
+      parser.error(f'--only={name}: the parts are {", ".join(PARTS)}')
+  if args.size == '2b-moe' and 'theirs' in only:
+    parser.error('--size=2b-moe: the peers have dense models only; leave out theirs in --only')
   if args.size != 'small':
     global CONFIG, SAMPLES, PROMPT_TOKENS, NEW_TOKENS, REFILL
     (CONFIG, *_), SAMPLES, PROMPT_TOKENS, NEW_TOKENS = MODELS[args.size], 16, 1024, 1024
     REFILL = 128, 8192, 6.93, 400_000
-  only = args.only.split(',')
   params = functools.cache(lambda c=CONFIG: jax.jit(model.init, static_argnums=0)(c, jax.random.key(0)))
   then = before(args.before) if args.before else None
 
@@ -293,7 +300,7 @@ def main() -> None:
     ways |= both(ours, params())
   if ways:
     title = f'{PROMPTS} prompts x {SAMPLES} samples x {NEW_TOKENS} tokens'
-    show(title, measure(ways, args.repeats, args.cold), 'betarank' if 'ours' in only else list(ways)[-1])
+    show(title, measure(ways, args.repeats), 'betarank' if 'ours' in only else list(ways)[-1])
   if 'refill' in only:
     show('long-tailed lengths', measure(both(refill, params()), args.repeats), 'refilled rows')
   if 'prefill' in only:

@@ -6,7 +6,7 @@ compilation cache.
         --commands=train,rl,probe,sample                            # on a CPU
 
 Each command runs in a process of its own, first with an empty compilation cache (cold) and then again, in another
-workdir, with the cache that the first run left (warm). Data is prepared before, which isn't counted.
+workdir, with the cache that its own first run left (warm). Data is prepared before, which isn't counted.
 
 The first table shows the seconds that the main thread spends in each part of a command. Tracing, lowering and compiling
 (or reading the compilation cache) are counted apart from the part in which they happen. The second table shows the
@@ -23,6 +23,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -191,10 +192,14 @@ def main() -> None:
   parser.add_argument('--tokens', type=float, default=20e6, help='of pre-training')
   parser.add_argument('--rl_steps', type=int, default=4)
   parser.add_argument('--commands', default='train', help=f'some of {",".join(COMMANDS)}, in this order')
-  parser.add_argument('--caches', default='cold,warm', help='cold, or cold,warm')
-  parser.add_argument('--root', default='', help='a folder to keep; default: a temporary one')
+  parser.add_argument('--caches', default='cold,warm', choices=('cold', 'cold,warm'))
+  parser.add_argument('--root', default='', help='a folder to keep; default: a temporary one. What a measurement of '
+                      'the same commands left there is deleted')
   parser.add_argument('settings', nargs='*', help='--config.KEY=VALUE of pre-training, after a --')
   args = parser.parse_args()
+  for name in args.commands.split(','):
+    if name not in COMMANDS:
+      parser.error(f'--commands={name}: the commands are {", ".join(COMMANDS)}')
   with contextlib.ExitStack() as stack:
     root = pathlib.Path(args.root or stack.enter_context(tempfile.TemporaryDirectory())).absolute()
     measure(args, root)
@@ -216,7 +221,10 @@ def measure(args: argparse.Namespace, root: pathlib.Path) -> None:
       'sample': [f'--checkpoint={base}', f'--benchmark={SUMS}', *SAMPLE],
     }
     for name in args.commands.split(','):
-      environment = {'JAX_COMPILATION_CACHE_DIR': f'{root}/programs'}
+      programs = f'{root}/programs/{name}'  # of this command only, so that no other fills the cache
+      for left in {'train': [base], 'rl': [rl]}.get(name, []) + [programs] * (cache == 'cold'):
+        shutil.rmtree(left, ignore_errors=True)
+      environment = {'JAX_COMPILATION_CACHE_DIR': programs}
       results[name].append(run([*COMMANDS[name][1], *commands[name]], environment))
       print(f'{name}, {cache}: {results[name][-1][2]["whole"]:.1f} s', flush=True)
   for name, runs in results.items():

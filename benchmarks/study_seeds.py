@@ -95,6 +95,9 @@ def main() -> None:
   parser.add_argument('--pool', action='store_true', help='the same number in two files means different seeds')
   parser.add_argument('--plot', type=pathlib.Path, metavar='FILE.png')
   args = parser.parse_args()
+  for file in args.files:
+    if not pathlib.Path(file).is_file():
+      parser.error(f'no such file: {file}')
   figures = read(args.files, args.pool)
   print("| claim | verdict | test | effect | p, Holm | of the test | seeds | detectable with 8 |\n"
         '|---|---|---|---|---|---|---|---|')

@@ -16,8 +16,9 @@ attention scores and recomputes nothing.
 All variants are timed in each round, and ratios are computed per round. On a CPU they are ratios of CPU seconds,
 because other work on the machine prolongs wall time. MFU is the FLOPs per second divided by the chip's peak. The FLOPs
 are 6 per weight and token, plus those of attention, of which half count because it is causal (model.flops_per_token).
-Recomputation doesn't count. No peak is known for a CPU, so there the benchmark divides by the FLOPs per CPU second of a
-matrix product, which it measures after the steps.
+With --documents, attention counts within documents only, because kernels skip the rest. Recomputation doesn't count. No
+peak is known for a CPU, so there the benchmark divides by the FLOPs per CPU second of a matrix product, which it
+measures after the steps.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from betarank import model
 from betarank.data import Batch
 from betarank.objectives import ObjectiveConfig
 from betarank.runtime.metrics import peak_flops
-from betarank.runtime.state import TrainState, create_state, donated
+from betarank.runtime.state import TrainState, compiler_options, create_state, donated
 from betarank.train.optimizer import OptimizerConfig, make_optimizer
 from betarank.train.step import make_step
 
@@ -85,7 +86,12 @@ def naive_step(c: model.ModelConfig, tx):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), {'loss': value}
 
-  return jax.jit(step, donate_argnums=donated())
+  return jax.jit(step, donate_argnums=donated(), compiler_options=compiler_options())
+
+
+def flops_per_step(c: model.ModelConfig, rows: int, length: int, documents: int) -> float:
+  """Returns the FLOPs of a step, as MFU counts them. Each row has `documents` documents of about equal length."""
+  return model.flops_per_token(c, length / documents) * rows * length
 
 
 def matmul_rate(device) -> float:
@@ -149,6 +155,9 @@ def main():
                       help="also print the N kernels that took longest in a step of the last way")
   parser.add_argument('--naive', action=argparse.BooleanOptionalAction, default=True)
   args = parser.parse_args()
+  only = tuple(args.only.split(','))
+  if not any(name.startswith(only) for name in OBJECTIVES):
+    parser.error(f'no objective starts with --only={args.only}; they are {"; ".join(OBJECTIVES)}')
   c, rows, length = MODELS[args.model]
   rows = args.rows or rows
   c = dataclasses.replace(
@@ -174,7 +183,7 @@ def main():
     if args.naive:
       ways['all logits'] = naive_step(c, tx)
     ways |= {name: make_step(c, objective, tx, np.ones(c.vocab_size), 1, stats)
-             for name, objective in OBJECTIVES.items() if name.startswith(tuple(args.only.split(',')))}
+             for name, objective in OBJECTIVES.items() if name.startswith(only)}
     batch = jax.device_put(batch, jax.NamedSharding(mesh, model.spec('batch', 'length')))
     state = create_state(c, tx, mesh, seed=0)
     compiled = {}
@@ -202,7 +211,7 @@ def main():
   for name, times in seconds.items():
     step_s, clock_s = statistics.median(wall[name]), statistics.median(times)
     ratio = statistics.median(a / b for a, b in zip(times, seconds[base]))
-    flops = model.flops_per_token(c, length) * rows * length
+    flops = flops_per_step(c, rows, length, args.documents)
     mfu = f'{flops / clock_s / peak / jax.device_count():.1%}' if peak else '-'
     temp = compiled[name].memory_analysis().temp_size_in_bytes / 1e9
     print(f'{name:30}{step_s:9.3f}{rows * length / step_s:12,.0f}{f"{clock_s:.3f}" if on_cpu else "-":>9}{mfu:>8}'

@@ -11,7 +11,7 @@ golds: compares every reference of Minerva, OlympiadBench and MATH-500 with itse
 (benchmarks/notations.py), and with the other references that look most similar.
 speed: grades the worked solutions of GSM8K, MATH-500, AIME 2024 and AMC 2023, whose final answers are the references.
 hostile: grades 200 answers that try to reach files and variables.
-Without a name, all four parts run.
+Without a name, all four parts run. golds and speed need the problem sets in DATA/reasoning.
 """
 
 import argparse
@@ -168,6 +168,7 @@ def golds(data: pathlib.Path, verifier: Verifier) -> None:
   for name in ('minerva_math', 'olympiadbench', 'math500'):
     path = data / 'reasoning' / f'{name}.jsonl'
     if not path.is_file():
+      print(f'{name}: left out, because there is no {path}')
       continue
     tasks = TaskSet(TaskConfig(f'jsonl:{path}'), split='all')
     references = list(dict.fromkeys(task.reference for task in tasks))
@@ -205,7 +206,7 @@ def speed(data: pathlib.Path, config: VerifierConfig) -> None:
   processes: it skips the quick comparison that RL tries first. The third run grades the solutions with math-verify
   alone. For gsm8k_train, there is only the first run.
   """
-  for name in SETS if (data / 'reasoning').is_dir() else ():
+  for name in SETS:
     items = gold(data / 'reasoning', name)
     with Verifier(config) as verifier:
       _show(f'{name} ({len(items)})', grade(verifier, items))
@@ -246,8 +247,14 @@ def main() -> None:
   parser.add_argument('--data', type=pathlib.Path, default=SHARED)
   parser.add_argument('--workers', type=int, default=2)
   args = parser.parse_args()
+  parts = args.parts or PARTS
+  if not (args.data / 'reasoning').is_dir() and {'golds', 'speed'} & {*parts}:
+    if args.parts:
+      parser.error(f'golds and speed need the problem sets, and there is no folder {args.data / "reasoning"}')
+    print(f'golds and speed are left out, because there is no folder {args.data / "reasoning"}')
+    parts = ('pairs', 'hostile')
   config = VerifierConfig(workers=args.workers)
-  for part in args.parts or PARTS:
+  for part in parts:
     if part == 'speed':
       speed(args.data, config)
     elif part == 'hostile':

@@ -250,7 +250,8 @@ def device_figures(flops_per_s: float) -> dict[str, float]:
 
   A figure that is unknown for this kind of device is left out.
 
-  flops_per_s: model FLOPs per second, over all devices.
+  flops_per_s: model FLOPs per second, over all devices. The caller counts causal attention over whole rows. If rows
+    hold several documents, kernels skip the attention between them, and time/mfu counts more FLOPs than are computed.
   """
   found, peak = {}, peak_flops(jax.devices()[0])
   if peak:
