@@ -156,6 +156,8 @@ def main():
   parser.add_argument('--naive', action=argparse.BooleanOptionalAction, default=True)
   args = parser.parse_args()
   only = tuple(args.only.split(','))
+  if args.documents < 1:
+    parser.error(f'--documents must be >= 1, got {args.documents}')
   if not any(name.startswith(only) for name in OBJECTIVES):
     parser.error(f'no objective starts with --only={args.only}; they are {"; ".join(OBJECTIVES)}')
   c, rows, length = MODELS[args.model]
