@@ -1,12 +1,13 @@
 """Defines the errors that the user of the command line sees, and shows them."""
 
+import contextlib
 import difflib
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import IO, NoReturn
 
 _LONGEST_NAME = 500  # longer names get no suggestion
 _LONGEST_SHOWN = 2000  # characters of a message
@@ -64,6 +65,15 @@ def one_line(error: object) -> str:
   return ''.join(c if c.isprintable() else '\ufffd' for c in text)
 
 
+def print_if_possible(text: str, file: IO[str] | None = None) -> None:
+  """Prints a line to `file`, or to standard error if `file` is None. Does nothing if the line can't be written.
+
+  Use this function before a process ends, because a full disk or a closed terminal must not keep it from ending.
+  """
+  with contextlib.suppress(OSError, ValueError):  # ValueError: the file is closed, or its encoding lacks a character
+    print(text, file=file or sys.stderr, flush=True)
+
+
 def run_main(main: Callable[[], None]) -> None:
   """Runs `main`. Turns these errors into a short message on stderr and an exit status:
 
@@ -81,7 +91,7 @@ def run_main(main: Callable[[], None]) -> None:
   except UserError as error:
     _refuse(error)
   except KeyboardInterrupt as error:
-    print(f'\nstopped{"; " if str(error) else ""}{error}', file=sys.stderr)
+    print_if_possible(f'\nstopped{"; " if str(error) else ""}{error}')
     raise Interrupted(128 + signal.SIGINT) from None
   except OSError as error:
     if error.errno not in _PLACE_ERRORS or not error.filename:
@@ -90,5 +100,5 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _refuse(error: object) -> NoReturn:
-  print(f'error: {one_line(error)}', file=sys.stderr)
+  print_if_possible(f'error: {one_line(error)}')
   sys.exit(2)

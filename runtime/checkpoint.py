@@ -26,7 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from betarank.configs import renamed
-from betarank.configs.errors import UserError, suggestion
+from betarank.configs.errors import UserError, print_if_possible, suggestion
 from betarank.configs.parser import install_hint
 from betarank.runtime import integrity
 from betarank.runtime.state import TrainState
@@ -368,7 +368,7 @@ def _ensure_newest_is_valid(folder: epath.Path, fallback: bool) -> None:
     aside.mkdir(exist_ok=True)
     for step in found[found.index(int(good.name)) + 1:]:
       _move(folder / str(step), aside / str(step))
-    print(f'{newest}/{problem}; moved to {aside}, resuming from {good}', file=sys.stderr)
+    print_if_possible(f'{newest}/{problem}; moved to {aside}, resuming from {good}')
   _first_message_of_any_process('')  # the other processes wait here until the checkpoints are moved
 
 

@@ -12,13 +12,12 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from betarank.configs.errors import UserError
+from betarank.configs.errors import UserError, print_if_possible
 
 EXIT_JOB_LOST = 3  # exit status if the job can't continue although its settings are valid; the same command resumes it
 
@@ -223,6 +222,6 @@ class StartupWatchdog:
       message = ''
     if message != 'started' and not self._started.is_set() and self._ending.acquire(blocking=False):
       reason = message or f'{self._names[index]} died while JAX started'
-      print(f'error: {reason}; start all again', file=sys.stderr, flush=True)
+      print_if_possible(f'error: {reason}; start all again')
       self._send(reason)
       os._exit(EXIT_JOB_LOST)
