@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from betarank.configs.errors import STORE_ERRORS, UserError, one_line, print_if_possible
+from betarank.configs.files import from_json
 from betarank.runtime.rendezvous import EXIT_JOB_LOST
 
 RENEW_S = 15.0
@@ -148,7 +149,7 @@ class _Lease:
       return None, found.stamp.generation
     unknown = {'holder': 'an unknown process', 'id': '', 'place': '', 'pid': 0, 'start': ''}
     try:
-      content = json.loads(found.value)
+      content = from_json(found.value)
       return {key: type(value)(content[key]) for key, value in unknown.items()}, found.stamp.generation
     except (ValueError, TypeError, KeyError):  # no lease of this version
       return unknown, found.stamp.generation
