@@ -14,6 +14,7 @@ _LONGEST_SHOWN = 2000  # characters of a message
 # Errors of the file system that are about the place, not about the program.
 _PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC,
                  errno.EDQUOT, errno.ENAMETOOLONG, errno.EIO)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a write, whose error names no file
 # TensorStore has no error types of its own. Its status codes become these Python errors.
 STORE_ERRORS = (ValueError, RuntimeError, OSError, KeyError, IndexError, NotImplementedError)
 
@@ -77,7 +78,7 @@ def print_if_possible(text: str, file: IO[str] | None = None) -> None:
 def run_main(main: Callable[[], None]) -> None:
   """Runs `main`. Turns these errors into a short message on stderr and an exit status:
 
-  - A UserError, or an OSError about a path that can't be read or written: one line, status 2.
+  - A UserError, or an OSError about a path that can't be read or written, or about a full disk: one line, status 2.
   - Ctrl-C (KeyboardInterrupt): the line 'stopped', or 'stopped; MESSAGE' if the exception has a message; status 130.
   - BrokenPipeError, because the program that reads the output, such as `head`, has ended: no message, status 141.
   """
@@ -85,8 +86,7 @@ def run_main(main: Callable[[], None]) -> None:
     main()
     sys.stdout.flush()
   except BrokenPipeError:
-    # So that flushing the output when Python exits doesn't fail again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard_output()
     sys.exit(128 + signal.SIGPIPE)
   except UserError as error:
     _refuse(error)
@@ -94,11 +94,20 @@ def run_main(main: Callable[[], None]) -> None:
     print_if_possible(f'\nstopped{"; " if str(error) else ""}{error}')
     raise Interrupted(128 + signal.SIGINT) from None
   except OSError as error:
-    if error.errno not in _PLACE_ERRORS or not error.filename:
+    if error.errno not in (_PLACE_ERRORS if error.filename else _DISK_ERRORS):
       raise
-    _refuse(f'{error.filename}: {error.strerror}')
+    _refuse(f'{error.filename or "standard output or a file"}: {error.strerror}')
+
+
+def _discard_output() -> None:
+  """Discards the output that is still in the buffer. Otherwise, writing it when Python exits would fail again."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(error: object) -> NoReturn:
   print_if_possible(f'error: {one_line(error)}')
+  try:
+    sys.stdout.flush()
+  except OSError:
+    _discard_output()
   sys.exit(2)
