@@ -1,18 +1,20 @@
 """Defines the errors that the user of the command line sees, and shows them."""
 
+import contextlib
 import difflib
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import IO, NoReturn
 
 _LONGEST_NAME = 500  # longer names get no suggestion
 _LONGEST_SHOWN = 2000  # characters of a message
 # Errors of the file system that are about the place, not about the program.
 _PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC,
                  errno.EDQUOT, errno.ENAMETOOLONG, errno.EIO)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a write, whose error names no file
 # TensorStore has no error types of its own. Its status codes become these Python errors.
 STORE_ERRORS = (ValueError, RuntimeError, OSError, KeyError, IndexError, NotImplementedError)
 
@@ -64,10 +66,19 @@ def one_line(error: object) -> str:
   return ''.join(c if c.isprintable() else '\ufffd' for c in text)
 
 
+def print_if_possible(text: str, file: IO[str] | None = None) -> None:
+  """Prints a line to `file`, or to standard error if `file` is None. Does nothing if the line can't be written.
+
+  Use this function before a process ends, because a full disk or a closed terminal must not keep it from ending.
+  """
+  with contextlib.suppress(OSError, ValueError):  # ValueError: the file is closed, or its encoding lacks a character
+    print(text, file=file or sys.stderr, flush=True)
+
+
 def run_main(main: Callable[[], None]) -> None:
   """Runs `main`. Turns these errors into a short message on stderr and an exit status:
 
-  - A UserError, or an OSError about a path that can't be read or written: one line, status 2.
+  - A UserError, or an OSError about a path that can't be read or written, or about a full disk: one line, status 2.
   - Ctrl-C (KeyboardInterrupt): the line 'stopped', or 'stopped; MESSAGE' if the exception has a message; status 130.
   - BrokenPipeError, because the program that reads the output, such as `head`, has ended: no message, status 141.
   """
@@ -75,20 +86,28 @@ def run_main(main: Callable[[], None]) -> None:
     main()
     sys.stdout.flush()
   except BrokenPipeError:
-    # So that flushing the output when Python exits doesn't fail again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard_output()
     sys.exit(128 + signal.SIGPIPE)
   except UserError as error:
     _refuse(error)
   except KeyboardInterrupt as error:
-    print(f'\nstopped{"; " if str(error) else ""}{error}', file=sys.stderr)
+    print_if_possible(f'\nstopped{"; " if str(error) else ""}{error}')
     raise Interrupted(128 + signal.SIGINT) from None
   except OSError as error:
-    if error.errno not in _PLACE_ERRORS or not error.filename:
+    if error.errno not in (_PLACE_ERRORS if error.filename else _DISK_ERRORS):
       raise
-    _refuse(f'{error.filename}: {error.strerror}')
+    _refuse(f'{error.filename or "standard output or a file"}: {error.strerror}')
+
+
+def _discard_output() -> None:
+  """Discards the output that is still in the buffer. Otherwise, writing it when Python exits would fail again."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(error: object) -> NoReturn:
-  print(f'error: {one_line(error)}', file=sys.stderr)
+  print_if_possible(f'error: {one_line(error)}')
+  try:
+    sys.stdout.flush()
+  except OSError:
+    _discard_output()
   sys.exit(2)

@@ -1,14 +1,20 @@
 """Writes files atomically: a reader sees either the old content or the complete new content.
 
+Also reads JSON that may be damaged or hostile, and opens for writing what can't be written atomically.
+
 data, runtime, eval and launch all need this module, so it is in configs, which every package may import.
 """
 
 import errno
+import json
 import os
 import pathlib
 import uuid
+from typing import IO, Any
 
 from etils import epath
+
+from betarank.configs.errors import UserError
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes | memoryview) -> None:
@@ -38,6 +44,41 @@ def write_atomically(path: str | os.PathLike, content: str | bytes | memoryview)
     flush(path.parent)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def from_json(text: str | bytes) -> Any:
+  """Returns the value of a JSON text. Raises ValueError if the text isn't JSON, or is nested too deeply."""
+  try:
+    return json.loads(text)
+  except RecursionError:
+    raise ValueError('nested too deeply') from None
+
+
+def read_json(path: epath.Path) -> Any:
+  """Returns the value in a JSON file, which may be damaged or hostile.
+
+  Raises:
+    ValueError: the file isn't JSON, is nested too deeply, or isn't a regular file.
+    OSError: the file can't be read.
+  """
+  # Reading a pipe or a device might never end. Path.is_file() of etils is True for them.
+  if '://' not in str(path) and path.exists() and not os.path.isfile(path):
+    raise ValueError('not a regular file')
+  return from_json(path.read_text())
+
+
+def open_no_follow(path: str | os.PathLike, mode: str, **options: Any) -> IO:
+  """Opens a local file for writing as `open` does, but refuses a symbolic link, whose target must not be changed.
+
+  Raises:
+    UserError: `path` is a symbolic link.
+  """
+  try:
+    return open(path, mode, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666), **options)
+  except OSError as error:
+    if error.errno != errno.ELOOP:
+      raise
+    raise UserError(f'{path}: is a symbolic link, through which nothing is written; remove it') from None
 
 
 def flush(path: str | os.PathLike) -> None:

@@ -27,7 +27,8 @@ from ml_collections import ConfigDict
 
 from betarank.configs import describe, renamed, settings
 from betarank.configs.errors import ConfigError, suggestion
-from betarank.configs.parser import Parser, at_home, not_a_place, place
+from betarank.configs.files import from_json, read_json
+from betarank.configs.parser import Parser, at_home, not_a_place, place, underscored
 
 
 def from_command_line(
@@ -52,19 +53,21 @@ def from_command_line(
                       help='experiment to run; override any setting in it with --config.KEY=VALUE')
   if {'-h', '--help'} & set(argv):
     parser.epilog = describe.table(settings)
-  args, rest = parser.parse_known_args(argv)
-  overrides = {}
-  rest = list(rest)
-  while rest:
-    flag = rest.pop(0)
+  words, own, overrides = list(argv), [], {}
+  while words:  # before the parser could take the value in `--config.KEY VALUE` for an argument of its own
+    flag = words.pop(0)
+    key, equals, value = underscored(flag).removeprefix('--config.').partition('=')
     if not flag.startswith('--config.'):
-      raise parser.unknown(flag)
-    key, equals, value = flag.removeprefix('--config.').partition('=')
-    if not equals:
-      if not rest or rest[0].startswith('--config.'):
-        raise ConfigError(f'{flag}: has no value; write {flag}=VALUE')
-      value = rest.pop(0)
-    overrides[key] = value
+      own.append(flag)
+    elif equals:
+      overrides[key] = value
+    elif not words or words[0].startswith('--'):
+      raise ConfigError(f'{flag}: has no value; write {flag}=VALUE')
+    else:
+      overrides[key] = words.pop(0)
+  args, rest = parser.parse_known_args(own)
+  if rest:
+    raise parser.unknown(rest[0])
   return _finish(configure(args, overrides) if configure else read(args.config), overrides), args
 
 
@@ -236,18 +239,30 @@ def shipped() -> list[str]:
 
 def _load_json(path: str) -> ConfigDict:
   try:
-    values = json.loads(epath.Path(place(path)).read_text())
+    values = read_json(epath.Path(place(path)))
     if not isinstance(values, dict):
       raise ValueError('the top level is no object')
-    return ConfigDict(values)
+    return from_dict(values)
   except FileNotFoundError:
     raise ConfigError(f'--config={path}: no such file') from None
   except argparse.ArgumentTypeError as error:  # a package for gs:// is missing
     raise ConfigError(f'--config={error}') from None
   except OSError as error:
     raise ConfigError(f'--config={path}: could not be read ({error.strerror or error})') from None
-  except (ValueError, RecursionError, AttributeError, KeyError) as error:  # the last two: a key ConfigDict can't hold
+  except ValueError as error:
     raise ConfigError(f'--config={path}: not a resolved config ({error})') from None
+
+
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+  """Returns a dictionary and all dictionaries in it as ConfigDicts.
+
+  Raises:
+    ValueError: a ConfigDict can't hold one of the keys, such as a key with a dot.
+  """
+  try:
+    return ConfigDict(values)
+  except (AttributeError, KeyError) as error:
+    raise ValueError(str(error)) from None
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -307,16 +322,19 @@ def _read(key: str, text: str, old: Any, typed: bool) -> Any:
       return float(text)
     if isinstance(old, str):
       return text
-    value = json.loads(text)
+    value = from_json(text)
     if isinstance(old, tuple | list) and isinstance(value, list):
       return tuple(value)
-    if isinstance(old, ConfigDict) and isinstance(value, dict):
-      return ConfigDict(value)
-    raise ValueError
+    if not isinstance(old, ConfigDict) or not isinstance(value, dict):
+      raise ValueError
   except (ValueError, KeyError, OverflowError):
     kind = {bool: 'true or false', int: 'a whole number', float: 'a number', tuple: 'a JSON list',
             list: 'a JSON list', ConfigDict: 'a JSON object'}.get(type(old), type(old).__name__)
     raise ConfigError(f'config.{key.removeprefix("config.")}: expected {kind}, got {text!r}') from None
+  try:
+    return from_dict(value)
+  except ValueError as error:
+    raise ConfigError(f'config.{key.removeprefix("config.")}: not a section ({error})') from None
 
 
 def to_json(config: ConfigDict) -> str:

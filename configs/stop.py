@@ -30,6 +30,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from betarank.configs.errors import print_if_possible
+
 
 class Stopped(SystemExit):
   """Raised to end the process after a request to stop. Everything is saved, so this isn't a failure."""
@@ -40,9 +42,11 @@ def leave(status: int) -> NoReturn:
 
   A normal exit of Python can crash, because it frees memory that an interrupted computation still uses.
   """
-  sys.stdout.flush()
-  sys.stderr.flush()
-  _exit(status)
+  try:
+    sys.stdout.flush()
+    sys.stderr.flush()
+  finally:
+    _exit(status)
 
 
 def _exit(status: int) -> NoReturn:
@@ -69,7 +73,7 @@ def importing(text: str, console: Any = None) -> Iterator[None]:
   from betarank.configs.terminal import waiting
 
   def end(*_):
-    print('\nstopped', file=sys.stderr)
+    print_if_possible('\nstopped')
     leave(128 + signal.SIGINT)
 
   handler = signal.signal(signal.SIGINT, end)
@@ -146,7 +150,7 @@ class StopSignal:
     if count > 1:
       self._before_exit()
       _exit(128 + signal.SIGINT)
-    print(f'stopping after this {self._unit}; Ctrl-C again ends at once, without saving', file=sys.stderr, flush=True)
+    print_if_possible(f'stopping after this {self._unit}; Ctrl-C again ends at once, without saving')
     if self._processes > 1:
       os.kill(os.getpid(), signal.SIGTERM)
 

@@ -64,14 +64,20 @@ def main(argv: Sequence[str]) -> None:
 
     from betarank.eval import config as eval_config
     from betarank.eval import generate, probe
-    from betarank.runtime import workdir
+    from betarank.runtime import checkpoint, workdir
 
   run = eval_config.eval_run(config, subjects[-1])
   with contextlib.ExitStack() as alone:
-    # `paper` writes the files of the other two.
-    for written in ('harness', 'sample') if args.command == 'paper' else (args.command,):
-      if jax.process_index() == 0:
-        alone.enter_context(workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{written}'))
+    refused = ''
+    if jax.process_index() == 0:
+      try:
+        # `paper` writes the files of the other two.
+        for written in ('harness', 'sample') if args.command == 'paper' else (args.command,):
+          alone.enter_context(workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{written}'))
+      except UserError as error:
+        refused = str(error)
+    if refused := checkpoint.first_message_of_any_process(refused):  # otherwise, the others would wait for process 0
+      raise UserError(refused)
     try:
       if args.command == 'probe':
         with StopSignal(jax.process_count(), unit='checkpoint') as stop:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from betarank.configs.errors import ConfigError
-from betarank.configs.files import write_atomically
+from betarank.configs.files import open_no_follow, read_json, write_atomically
 from betarank.configs.settings import when_missing
 from betarank.configs.terminal import columns, duration, fitted, waiting
 from betarank.data import Tokenizer
@@ -326,10 +326,10 @@ class SampleFile:
 
   def _check(self, settings: epath.Path) -> None:
     try:
-      before = json.loads(settings.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-      raise EvalError(f'{settings}: not JSON; remove it and {self.path} to sample again') from None
-    before = {'answer_chars': when_missing('eval.sample.verifier.answer_chars')} | before  # older files don't have it
+      # Older files don't have answer_chars.
+      before = {'answer_chars': when_missing('eval.sample.verifier.answer_chars')} | read_json(settings)
+    except (ValueError, TypeError):
+      raise EvalError(f'{settings}: not a JSON object; remove it and {self.path} to sample again') from None
     if differs := difference(before, self.about, [key for key in self.about if key not in _MAY_CHANGE]):
       raise EvalError(f'{settings}: holds samples made with {differs}; set it back, or remove both files of step '
                       f'{self.about["step"]} there to sample again')
@@ -352,7 +352,7 @@ class SampleFile:
       return '', ~whole_P
     if count != whole_P.sum() * self.n or size != self.path.stat().length:
       temporary = self.path.parent / (self.path.name + '.tmp')
-      with temporary.open('wb') as kept:
+      with temporary.open('wb') if self._remote else open_no_follow(temporary, 'wb') as kept:
         for text, problem, sample in self._lines():
           if whole_P[problem] and there_PN[problem, sample]:
             there_PN[problem, sample] = False  # so that each sample is kept only once
@@ -386,7 +386,7 @@ class SampleFile:
         self.close()
     else:
       if self._file is None:
-        self._file = open(self.path, 'a', encoding='utf-8')  # noqa: SIM115 (open as long as there is more)
+        self._file = open_no_follow(self.path, 'a', encoding='utf-8')  # open as long as there is more
       self._file.write(text)
       self._file.flush()
 

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from betarank import data, model
-from betarank.configs.files import write_atomically
+from betarank.configs.files import read_json, write_atomically
 from betarank.configs.terminal import columns, fitted, waiting
 from betarank.data import Batch
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun, make_mesh, read_tokenizer, restore
@@ -137,9 +137,10 @@ def _fingerprint(run: EvalRun, name: str) -> str:
 
 def _read(path) -> dict[str, Any] | None:
   try:
-    return json.loads(path.read_text())
-  except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+    value = read_json(path)
+  except (FileNotFoundError, ValueError):
     return None
+  return value if isinstance(value, dict) else None
 
 
 # On the device: a few numbers per token

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from betarank.configs.errors import UserError
+from betarank.configs.files import read_json
 from betarank.configs.parser import Parser, above_zero, place
 from betarank.configs.steps import planned_steps
 from betarank.configs.sweep_folder import sweep_folder
@@ -148,8 +149,8 @@ def _steps(config: dict[str, Any]) -> int | None:
 def _object(path: epath.Path) -> dict[str, Any]:
   """Returns the JSON object in a file; {} if the file doesn't exist or doesn't contain a JSON object."""
   try:
-    value = json.loads(path.read_text())
-  except (FileNotFoundError, ValueError, RecursionError):
+    value = read_json(path)
+  except (FileNotFoundError, ValueError):
     return {}
   return value if isinstance(value, dict) else {}
 

@@ -10,8 +10,8 @@ checkpoints.
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
+import math
 import re
 import sys
 import time
@@ -26,7 +26,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from betarank.configs import renamed
-from betarank.configs.errors import UserError, suggestion
+from betarank.configs.errors import UserError, print_if_possible, suggestion
+from betarank.configs.files import read_json
+from betarank.configs.load import from_dict
 from betarank.configs.parser import install_hint
 from betarank.runtime import integrity
 from betarank.runtime.state import TrainState
@@ -368,8 +370,8 @@ def _ensure_newest_is_valid(folder: epath.Path, fallback: bool) -> None:
     aside.mkdir(exist_ok=True)
     for step in found[found.index(int(good.name)) + 1:]:
       _move(folder / str(step), aside / str(step))
-    print(f'{newest}/{problem}; moved to {aside}, resuming from {good}', file=sys.stderr)
-  _first_message_of_any_process('')  # the other processes wait here until the checkpoints are moved
+    print_if_possible(f'{newest}/{problem}; moved to {aside}, resuming from {good}')
+  first_message_of_any_process('')  # the other processes wait here until the checkpoints are moved
 
 
 def _move(checkpoint: epath.Path, to: epath.Path) -> None:
@@ -398,7 +400,7 @@ def _damage(path: epath.Path) -> str:
 
   All processes must call this function. It returns the same result in all of them.
   """
-  return _first_message_of_any_process(integrity.damage(absolute(path), share=_process_index_and_count()))
+  return first_message_of_any_process(integrity.damage(absolute(path), share=_process_index_and_count()))
 
 
 def _process_index_and_count() -> tuple[int, int]:
@@ -425,7 +427,7 @@ def _reason(error: Exception) -> str:
   return re.sub(r" \[(http_response_body|tensorstore_spec)='(\\.|[^'\\])*'\]", '', text)
 
 
-def _first_message_of_any_process(text: str) -> str:
+def first_message_of_any_process(text: str) -> str:
   """Returns the text of the first process whose `text` isn't empty; '' if all are empty. Every process must call this.
   """
   if _process_index_and_count()[1] == 1:
@@ -439,19 +441,37 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
   try:
     if problem := integrity.damage(absolute(path), item='meta'):
       raise ValueError(problem)
-    meta = json.loads((path / 'meta' / 'metadata').read_text())  # as Orbax's JsonCheckpointHandler writes it
-    meta['shapes']
+    meta = read_json(path / 'meta' / 'metadata')  # as Orbax's JsonCheckpointHandler writes it
+    if type(meta['step']) is not int or not all(map(_is_shape, meta['shapes'].values())):
+      raise ValueError('its step or a shape is not valid')
     meta['config'] = renamed.update(meta['config'])  # an earlier version may have written it
+    from_dict(meta['config'])
     return meta
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise CheckpointError(f'{path}: meta is missing or damaged ({str(error).splitlines()[0][:200]})') from error
+    raise CheckpointError(f'{path}: meta is missing or damaged ({_reason(error)[:200]})') from error
+
+
+def _is_shape(entry: Any) -> bool:
+  """Returns True if `entry` is [shape, dtype], as in the dictionary that `shapes_of` returns.
+
+  Raises:
+    ValueError, TypeError: `entry` doesn't have two parts, or NumPy doesn't know the dtype.
+  """
+  shape, dtype = entry
+  return (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape) and math.prod(shape) < 2**63
+          and bool(re.fullmatch(r'[a-z]\w*', dtype)) and np.dtype(dtype).itemsize > 0)
 
 
 def best(meta: dict[str, Any]) -> dict[str, Any]:
-  """Returns the best evaluation of a run so far, as RL with `rl.keep_best` records it (rl/progress.py); {} if none."""
+  """Returns the best evaluation of a run so far, as RL with `rl.keep_best` records it (rl/progress.py).
+
+  The dictionary has at least the keys 'step', 'metric' and 'value'. It is {} if there is no such evaluation.
+  """
   cursor = meta.get('cursor')
   found = cursor.get('best') if isinstance(cursor, dict) else None
-  return found if isinstance(found, dict) else {}
+  kinds = {'step': int, 'metric': str, 'value': float}
+  valid = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+  return found if valid else {}
 
 
 def restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
 def _inspect(paths: list[epath.Path]) -> None:
   for path in paths:
     meta = checkpoint.read_meta(path)
-    shapes = {name: (math.prod(shape), np.dtype(kind).itemsize if kind != 'bfloat16' else 2)
+    shapes = {name: (math.prod(shape), np.dtype(kind).itemsize)
               for name, (shape, kind) in meta['shapes'].items()}
     parameters = sum(n for name, (n, _) in shapes.items() if name.startswith('params.'))
     written = (path / 'meta' / 'metadata').stat().mtime

@@ -24,7 +24,7 @@ from typing import Any
 
 from etils import epath
 
-from betarank.configs.files import flush
+from betarank.configs.files import flush, read_json
 
 NAME = 'manifest.json'
 ITEMS = ('state', 'meta')  # the folders of a checkpoint that are checked; its other files are Orbax's own
@@ -62,10 +62,11 @@ def read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
     ValueError: this version of the code can't read the manifest.
   """
   try:
-    manifest = json.loads((folder / NAME).read_text())
+    manifest = read_json(folder / NAME)
     if not (manifest['version'] == 1 and manifest['block_bytes'] == BLOCK_BYTES and all(
-      isinstance(f['size'], int) and isinstance(f['sha256'], str) and len(f['crc32']) == -(-f['size'] // BLOCK_BYTES)
-      for f in manifest['files'].values())):
+      name.partition('/')[0] in ITEMS and '..' not in name.split('/') and isinstance(f['size'], int)
+      and isinstance(f['sha256'], str) and len(f['crc32']) == -(-f['size'] // BLOCK_BYTES)
+      for name, f in manifest['files'].items())):
       raise ValueError
     return manifest['files']
   except FileNotFoundError:
@@ -132,6 +133,8 @@ def _reason(error: Exception) -> str:
 
 def _check_size(path: epath.Path, f: dict[str, Any]) -> str:
   size = path.stat().length
+  if '://' not in str(path) and not os.path.isfile(path):  # reading a pipe or a device might never end
+    return 'not a regular file'
   return f'{size:,} bytes, {f["size"]:,} were written' if size != f['size'] else ''
 
 

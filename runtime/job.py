@@ -19,6 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from betarank.configs.errors import UserError
+from betarank.configs.files import open_no_follow
 from betarank.configs.load import flatten, to_json
 from betarank.runtime import workdir
 from betarank.runtime.rendezvous import JobError, ProcessInfo, StartupWatchdog, rendezvous
@@ -116,9 +117,10 @@ def job(args: argparse.Namespace, config: ConfigDict, inputs: Mapping[str, str])
       _watchdog = Watchdog()
     else:
       names, connections = rendezvous(info, _job_fingerprint(config, args.workdir, inputs), RENDEZVOUS_S, refused)
-      with StartupWatchdog(info, names, connections, args.host_deadline_s):
+      with StartupWatchdog(info, names, connections, args.host_deadline_s):  # which tells the others of an error
+        log = _open_log(root, info.index)
         initialize(info, args.host_deadline_s)
-      _watchdog = JobWatchdog(info, names, args.host_deadline_s, _open_log(root, info.index))
+      _watchdog = JobWatchdog(info, names, args.host_deadline_s, log)
     with _watchdog, _storage_errors_as_user_errors(args.workdir):
       yield
 
@@ -157,8 +159,13 @@ def _job_fingerprint(config: ConfigDict, path: str, inputs: Mapping[str, str]) -
 
 
 def _open_log(root: epath.Path, index: int) -> IO[str]:
-  """Opens the log of a process: WORKDIR/hosts/INDEX.log, or standard error if the workdir is in a bucket."""
+  """Opens the log of a process: WORKDIR/hosts/INDEX.log, or standard error if the workdir is in a bucket.
+
+  Raises:
+    UserError: the log is a symbolic link.
+  """
   if '://' in str(root):
     return sys.stderr
   (root / 'hosts').mkdir(parents=True, exist_ok=True)
-  return open(root / 'hosts' / f'{index}.log', 'a', buffering=1, encoding='utf-8')  # never closed: used until the end
+  # It is never closed, because it is used until the end.
+  return open_no_follow(root / 'hosts' / f'{index}.log', 'a', buffering=1, encoding='utf-8')

@@ -20,14 +20,14 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from betarank.configs.errors import STORE_ERRORS, UserError, one_line
+from betarank.configs.errors import STORE_ERRORS, UserError, one_line, print_if_possible
+from betarank.configs.files import from_json
 from betarank.runtime.rendezvous import EXIT_JOB_LOST
 
 RENEW_S = 15.0
@@ -93,8 +93,8 @@ class _Lease:
           return found['holder']
         else:
           if not waited_for:
-            print(f'{self._path} is held by {found["holder"]}; waiting {STALE_S:.0f} s to see whether it still runs',
-                  file=sys.stderr, flush=True)
+            print_if_possible(f'{self._path} is held by {found["holder"]}; waiting {STALE_S:.0f} s to see whether it '
+                              'still runs')
           waited_for = generation
           time.sleep(RENEW_S / 3)
 
@@ -107,8 +107,8 @@ class _Lease:
           continue
         found, generation = self._read()
         if found:
-          print(f'error: {self._path}: {found["holder"]} has taken over, because this process did not renew it for '
-                f'{STALE_S:.0f} s; it ends without saving', file=sys.stderr, flush=True)
+          print_if_possible(f'error: {self._path}: {found["holder"]} has taken over, because this process did not '
+                            f'renew it for {STALE_S:.0f} s; it ends without saving')
           os._exit(EXIT_JOB_LOST)
         self._write(self._content, generation)
 
@@ -149,7 +149,7 @@ class _Lease:
       return None, found.stamp.generation
     unknown = {'holder': 'an unknown process', 'id': '', 'place': '', 'pid': 0, 'start': ''}
     try:
-      content = json.loads(found.value)
+      content = from_json(found.value)
       return {key: type(value)(content[key]) for key, value in unknown.items()}, found.stamp.generation
     except (ValueError, TypeError, KeyError):  # no lease of this version
       return unknown, found.stamp.generation

@@ -12,13 +12,12 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from betarank.configs.errors import UserError
+from betarank.configs.errors import UserError, print_if_possible
 
 EXIT_JOB_LOST = 3  # exit status if the job can't continue although its settings are valid; the same command resumes it
 
@@ -61,6 +60,19 @@ class _Connection:
     """
     self._socket.settimeout(timeout_s)
     return self._reader.readline(1 << 20)
+
+  def is_open(self) -> bool:
+    """Returns False if the other process has closed the connection, or has ended."""
+    timeout_s = self._socket.gettimeout()
+    self._socket.settimeout(0)
+    try:
+      return bool(self._socket.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:  # nothing to receive
+      return True
+    except OSError:
+      return False
+    finally:
+      self._socket.settimeout(timeout_s)
 
   def close(self) -> None:
     with contextlib.suppress(OSError):
@@ -128,8 +140,12 @@ def _coordinate(own: dict[str, Any], processes: int, port: int, deadline_s: floa
         connection = _Connection(server.accept()[0])
         entry = json.loads(connection.receive(5))
         index = entry['index']
-      except (OSError, ValueError, KeyError, TypeError):
+      except (OSError, ValueError, KeyError, TypeError, RecursionError):
         continue  # another program connected, or no process did before the deadline
+      for pair in [pair for pair in connections if not pair[1].is_open()]:  # it died, and may be started again
+        pair[1].close()
+        connections.remove(pair)
+        del entries[pair[0]]
       connections.append((index, connection))
       if index in entries:
         error = error or f'{name(entries[index])} and {name(entry)} have the same --process_id'
@@ -223,6 +239,6 @@ class StartupWatchdog:
       message = ''
     if message != 'started' and not self._started.is_set() and self._ending.acquire(blocking=False):
       reason = message or f'{self._names[index]} died while JAX started'
-      print(f'error: {reason}; start all again', file=sys.stderr, flush=True)
+      print_if_possible(f'error: {reason}; start all again')
       self._send(reason)
       os._exit(EXIT_JOB_LOST)

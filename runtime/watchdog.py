@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO
 
-from betarank.configs.errors import UserError
+from betarank.configs.errors import UserError, one_line, print_if_possible
 from betarank.configs.stop import Stopped
 from betarank.runtime.rendezvous import EXIT_JOB_LOST, ProcessInfo
 
@@ -160,8 +160,8 @@ class Watchdog:
     return verdict(time.monotonic(), self._own, (), 0)
 
   def _end(self, reason: str, status: int) -> None:
-    faulthandler.dump_traceback(file=sys.stderr)
-    print(f'error: {reason}', file=sys.stderr, flush=True)
+    _dump_stacks(sys.stderr)
+    print_if_possible(f'error: {reason}')
     os._exit(status)
 
 
@@ -221,7 +221,7 @@ class JobWatchdog(Watchdog):
       heartbeats = {int(key.rpartition('/')[2]): Heartbeat(**json.loads(value))
                     for key, value in self._store.key_value_dir_get(_KEY)}
     except RuntimeError as error:  # JAX can't reach the store either, and will abort this process
-      self._write_log(f'key-value store: {str(error).splitlines()[0]}')
+      self._write_log(f'key-value store: {one_line(error)}')
       return None
     self._answers += 1
     now_s = time.monotonic()
@@ -259,7 +259,7 @@ class JobWatchdog(Watchdog):
       time.sleep(self._deadline_s + 3 * self.period_s)  # the watchdog thread ends the process if it finds a lost peer
     interrupted = isinstance(error, KeyboardInterrupt)
     if not own and not interrupted:
-      traceback.print_exception(error)
+      print_if_possible(''.join(traceback.format_exception(error)).rstrip())
     self._end('stopped by Ctrl-C' if interrupted else str(error) or type(error).__name__,
               130 if interrupted else 2 if own else 1, stacks=False)
 
@@ -299,13 +299,19 @@ class JobWatchdog(Watchdog):
     os._exit(EXIT_JOB_LOST)
 
   def _write_error(self, reason: str, stacks: bool) -> None:
-    print(f'error: {reason}', file=sys.stderr, flush=True)
+    print_if_possible(f'error: {reason}')
     self._write_log(f'error: {reason}')
     if stacks:
-      faulthandler.dump_traceback(file=self._log)
+      _dump_stacks(self._log)
 
   def _write_log(self, text: str) -> None:
-    print(time.strftime('%Y-%m-%d %H:%M:%S'), text, file=self._log, flush=True)
+    print_if_possible(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {text}', self._log)
+
+
+def _dump_stacks(file: IO[str]) -> None:
+  """Writes the stacks of all threads to a file, if it can be written."""
+  with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: standard error is closed
+    faulthandler.dump_traceback(file=file)
 
 
 def _on_abort(act: Callable[[], None]):

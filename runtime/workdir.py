@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from betarank.configs import renamed, settings
 from betarank.configs.errors import ConfigError, UserError
-from betarank.configs.files import write_atomically
+from betarank.configs.files import open_no_follow, read_json, write_atomically
 from betarank.configs.load import flatten, to_json
 from betarank.runtime import lease
 
@@ -32,8 +32,8 @@ def check_config(workdir: epath.Path, config: ConfigDict, inherits: bool = False
   if not path.exists():
     return
   try:
-    before = renamed.update(json.loads(path.read_text()))
-  except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    before = renamed.update(read_json(path))
+  except (ValueError, AttributeError) as error:
     raise ConfigError(f'{path}: not a config ({error}); remove it to resume with the present one') from None
   before, now = flatten(before), flatten(json.loads(to_json(config)))
   for key in sorted(before.keys() | now.keys()):
@@ -75,8 +75,11 @@ def lock_file(path: str | os.PathLike) -> Iterator[IO[str] | None]:
 
   The lock is held until the block has ended and all child processes that inherited the file have ended. The operating
   system releases the lock even if these processes are killed.
+
+  Raises:
+    UserError: `path` is a symbolic link.
   """
-  with open(path, 'a+', encoding='utf-8') as file:
+  with open_no_follow(path, 'a+', encoding='utf-8') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -101,7 +104,7 @@ def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> 
     lock: the name of the lock file or the lease in the folder.
 
   Raises:
-    UserError: another command holds the lock, or the folder can't be created or written.
+    UserError: another command holds the lock, the lock is a symbolic link, or the folder can't be created or written.
   """
   taken = lambda by: UserError(f'{flag}={workdir}: {by} is at work there; stop it first')
   if '://' in str(workdir):
@@ -112,7 +115,7 @@ def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> 
     return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / lock).touch()
+    open_no_follow(workdir / lock, 'a').close()
   except (FileExistsError, NotADirectoryError):
     raise UserError(f'{flag}={workdir}: is a file, or in a file, not a folder') from None
   except OSError as error:

@@ -46,7 +46,7 @@ def betarank(*arguments, devices=1, **popen):
 def python(*arguments, devices=1, **popen):
   """Starts `python ARGUMENTS`, and returns the process, whose output and errors are text."""
   return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment(devices), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+                          **{'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **popen})
 
 
 def deadline_s(processes):

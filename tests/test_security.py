@@ -23,6 +23,7 @@ from betarank.data.tokenizer import read_tokenizer
 from betarank.eval.report import arms, command
 from betarank.model import hf_weights
 from betarank.model.hf_config import HfError
+from betarank.runtime import job, workdir
 from betarank.runtime.metrics import JsonLines
 from betarank.tasks.task_set import TaskConfig, TaskSet
 from tests.eval import sweep
@@ -228,6 +229,18 @@ def test_a_run_replaces_a_linked_metrics_file(tmp_path):
   assert outside.read_text() == '{"step": 1}\n'
   assert not (tmp_path / 'run' / 'metrics.jsonl').is_symlink()
   assert len((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize('name', ['.lock', 'hosts/0.log'])
+def test_a_run_writes_neither_its_lock_nor_its_log_through_a_link(tmp_path, name):
+  from etils import epath
+  outside, run = tmp_path / 'outside', tmp_path / 'run'
+  outside.write_text('as it was')
+  (run / 'hosts').mkdir(parents=True)
+  (run / name).symlink_to(outside)
+  with pytest.raises(UserError, match=f'run/{name}: is a symbolic link'), workdir.claim(epath.Path(run)):
+    job._open_log(epath.Path(run), 0)
+  assert outside.read_text() == 'as it was'
 
 
 def test_a_report_writes_through_no_link(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from betarank import data, model
-from betarank.configs.errors import ConfigError
+from betarank.configs.errors import ConfigError, print_if_possible
 from betarank.configs.load import to_json
 from betarank.configs.stop import Stopped, StopSignal
 from betarank.configs.terminal import duration, waiting
@@ -139,12 +139,12 @@ def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
       outcome = f'failed: {error}'
 
   if step is not None:
-    print(f'waiting for the checkpoint of step {step}, at most {SAVE_DEADLINE_S} s', file=sys.stderr)
+    print_if_possible(f'waiting for the checkpoint of step {step}, at most {SAVE_DEADLINE_S} s')
   closing = threading.Thread(target=close, daemon=True)
   closing.start()
   closing.join(SAVE_DEADLINE_S)
   if step is not None or outcome != 'is complete':
-    print(f'the checkpoint{"" if step is None else f" of step {step}"} {outcome}', file=sys.stderr)
+    print_if_possible(f'the checkpoint{"" if step is None else f" of step {step}"} {outcome}')
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:

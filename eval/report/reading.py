@@ -6,7 +6,6 @@ because of a file's content. Whatever can be read is used, and for everything el
 
 import collections
 import io
-import json
 import math
 import os
 import shlex
@@ -16,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
+from betarank.configs.files import from_json
 from betarank.configs.settings import when_missing
 from betarank.eval import sampling_metrics
 from betarank.eval.columns import Columns
@@ -59,7 +59,7 @@ def read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
   if text is None:
     return None
   try:
-    value = _json(text)
+    value = from_json(text)
   except ValueError as error:
     sweep.note(_short(path, sweep), f'not JSON ({error})')
     return None
@@ -85,7 +85,7 @@ def _lines_of(path: epath.Path, sweep: Sweep, most_bytes: int = MOST_BYTES) -> I
         try:
           if not (line := line.decode('utf-8', errors='replace')).strip():
             continue
-          value = _json(line)
+          value = from_json(line)
         except ValueError:
           value = None
         if isinstance(value, dict):
@@ -132,14 +132,6 @@ def _short(path: epath.Path, sweep: Sweep) -> str:
     return str(path.relative_to(sweep.root))
   except ValueError:
     return str(path)
-
-
-def _json(text: str) -> Any:
-  """Parses JSON. Raises ValueError for invalid JSON, and for JSON that is nested too deeply."""
-  try:
-    return json.loads(text)
-  except RecursionError:
-    raise ValueError('nested too deep') from None
 
 
 def _steps_in(folder: epath.Path) -> list[int]:

@@ -9,7 +9,8 @@ import threading
 import pytest
 from etils import epath
 
-from betarank.configs.files import write_atomically
+from betarank.configs.errors import UserError
+from betarank.configs.files import open_no_follow, read_json, write_atomically
 from tests.bucket import Bucket
 
 
@@ -79,3 +80,31 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
   (tmp_path / 'x').symlink_to('outside')
   write_atomically(tmp_path / 'x', 'new')
   assert (tmp_path / 'outside').read_text() == 'as it was' and not (tmp_path / 'x').is_symlink()
+
+
+def test_json_that_can_not_be_read_is_a_value_error(tmp_path):
+  path = epath.Path(tmp_path / 'x')
+  for content in (b'[' * 100_000, b'', b'\xff'):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='.'):
+      read_json(path)
+  path.write_text('{"a": 1}')
+  assert read_json(path) == {'a': 1}
+  (tmp_path / 'zero').symlink_to('/dev/zero')
+  os.mkfifo(tmp_path / 'pipe')
+  for name in ('zero', 'pipe', ''):
+    with pytest.raises(ValueError, match='not a regular file'):
+      read_json(epath.Path(tmp_path / name))
+
+
+@pytest.mark.parametrize('target', ['outside', 'nothing'])
+def test_a_link_is_not_opened_for_writing(tmp_path, target):
+  (tmp_path / 'outside').write_text('as it was')
+  (tmp_path / 'x').symlink_to(target)
+  for mode in ('a', 'a+', 'wb'):
+    with pytest.raises(UserError, match=f'{tmp_path}/x: is a symbolic link'):
+      open_no_follow(tmp_path / 'x', mode)
+  assert (tmp_path / 'outside').read_text() == 'as it was' and not (tmp_path / 'nothing').exists()
+  with open_no_follow(tmp_path / 'outside', 'a') as file:
+    file.write('!')
+  assert (tmp_path / 'outside').read_text() == 'as it was!'

@@ -151,6 +151,26 @@ def test_the_config_command_takes_its_file_with_and_without_the_flag(capsys):
   assert outs[0] == outs[1] and 'optimizer.lr = 0.001' in outs[0]
 
 
+def test_a_value_after_a_space_is_no_argument_of_the_command(capsys):
+  command.main([f'--config={SMOKE}', '--config.seed', '5', '--config.optimizer.weight-decay', '-1e-3'])
+  out = capsys.readouterr().out
+  assert 'seed = 5 ' in out and 'weight_decay = -0.001 ' in out
+  for rest in ([], ['--list'], ['--config.optimizer.lr=1']):
+    with pytest.raises(ConfigError, match='--config.seed: has no value; write --config.seed=VALUE'):
+      command.main([f'--config={SMOKE}', '--config.seed', *rest])
+
+
+@pytest.mark.parametrize('text, message', [
+  ('[' * 100_000, "expected a JSON object, got '[["),
+  ('{"__class__": {}}', "not a section ('__class__ cannot be overridden.')"),
+  ('{"a.b": {}}', 'not a section (ConfigDict does not accept dots in field names'),
+])
+def test_hostile_sections_are_refused_with_the_reason(text, message):
+  with pytest.raises(ConfigError, match='^config.data.sources: ') as error:
+    load.load(SMOKE, {'data.sources': text})
+  assert message in str(error.value)
+
+
 def test_in_a_resolved_config_no_default_is_shown_as_changed(tmp_path, capsys):
   """JSON has lists in place of tuples. An empty section counted as changed too, because the config is locked."""
   path = tmp_path / 'config.json'
@@ -180,6 +200,14 @@ def test_a_reader_that_goes_away_ends_a_command_silently():
   done = subprocess.run([*BETARANK, '--help'], stdout=writer, stderr=subprocess.PIPE, text=True)
   os.close(writer)
   assert (done.returncode, done.stderr) == (141, '')
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_output_to_a_full_disk_is_one_line(unbuffered):
+  with open('/dev/full', 'w') as full:
+    done = subprocess.run([*BETARANK, '--help'], stdout=full, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, 'PYTHONUNBUFFERED': unbuffered})
+  assert (done.returncode, done.stderr) == (2, 'error: standard output or a file: No space left on device\n')
 
 
 def test_a_path_that_is_no_text_is_left_to_its_check():

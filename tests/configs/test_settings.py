@@ -86,6 +86,13 @@ def test_a_run_resumes_with_another_execution_but_not_as_another_run(tmp_path, b
       workdir.check_config(epath.Path(tmp_path), config)
 
 
+@pytest.mark.parametrize('content', ['[' * 100_000, '{', '[]', '\xff'])
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path, content):
+  (tmp_path / 'config.json').write_bytes(content.encode('latin-1'))
+  with pytest.raises(ConfigError, match='config.json: not a config .*; remove it'):
+    workdir.check_config(epath.Path(tmp_path), common.base())
+
+
 def test_a_run_with_the_former_default_of_document_bytes_resumes_with_it(tmp_path):
   """The former default was 65,536. The new default is 0, which means the same for rows of up to 8,192 tokens."""
   config = common.base()

@@ -3,23 +3,26 @@
 import itertools
 import json
 import math
+import os
 import socket
 import subprocess
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from betarank import model
-from betarank.configs import common
+from betarank.configs import common, load
 from betarank.configs.errors import UserError
 from betarank.configs.sections import section
 from betarank.data import Batch, DataError
 from betarank.eval import command, probe
 from betarank.model import MeshConfig, ModelConfig
 from betarank.objectives import leaders
+from betarank.runtime import workdir
 from tests import parameters, tiny
-from tests.runs import BETARANK, environment
+from tests.runs import BETARANK, betarank, environment, finish, free_port, last_error
 
 V, HEAD = 384, 10
 C = section(ModelConfig, tiny.get_config().model)
@@ -206,6 +209,20 @@ def test_two_processes_equal_one(run_dir, run_probe):
   for name, value in want['domains']['main'].items():
     if isinstance(value, float | int):
       assert got['domains']['main'][name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_a_second_evaluation_is_refused_in_all_processes(tmp_path):
+  """Only process 0 locks the folder. The others would wait for it, and name a lost process."""
+  for item in ('state', 'meta'):
+    (tmp_path / 'checkpoints' / '1' / item).mkdir(parents=True)
+  (tmp_path / 'checkpoints/1/meta/metadata').write_text(json.dumps(
+    {'step': 1, 'shapes': {}, 'config': json.loads(load.to_json(load.load('configs/smoke.py')))}))
+  job = [f'--coordinator=127.0.0.1:{free_port()}', '--processes=2']
+  with workdir.claim(epath.Path(tmp_path) / 'eval', lock='.lock-probe'):
+    results = finish([betarank('eval', 'probe', f'--checkpoint={tmp_path}', *job, f'--process_id={i}')
+                      for i in range(2)], timeout=240)
+  for code, _, err in results:
+    assert code == 2 and f'{tmp_path}/eval: process {os.getpid()} on ' in last_error(err), err
 
 
 def test_the_command_ends_in_one_line():

@@ -158,6 +158,49 @@ def command_line(folder):
   return make, check, nothing
 
 
+@target(40, UserError)
+def checkpoint(folder):
+  """Builds the target of the files that describe a checkpoint, and of its run's config. The arrays stay intact."""
+  from etils import epath
+
+  from betarank.runtime import checkpoint_command, integrity, workdir
+
+  config, run = load.load('configs/rl_smoke.py'), folder / 'run'
+  resolved, step = json.loads(load.to_json(config)), run / 'checkpoints' / '1'
+  meta = {'step': 1, 'shapes': {'params.x': [[4, 2], 'float32'], 'step': [[], 'int32']}, 'config': resolved,
+          'cursor': {'best': {'metric': 'eval/x/avg_at_4', 'step': 1, 'value': 0.5}}, 'parent': 'x'}
+  for name, content in (('state/x', 'arrays'), ('meta/metadata', json.dumps(meta))):
+    (step / name).parent.mkdir(parents=True)
+    (step / name).write_text(content)
+  integrity.write(epath.Path(step))
+  (run / 'config.json').write_text(json.dumps(resolved))
+  goods = {path: json.loads(path.read_text()) for path in (
+    step / 'meta/metadata', step / 'manifest.json', run / 'config.json')}
+  raw = {path: path.read_bytes() for path in goods}
+
+  def make(rng, good=False):
+    path = rng.choice(list(raw))
+    if good:
+      return path, raw[path]
+    return path, mutate.json_text(rng, goods[path]) if rng.random() < 0.7 else mutate.data(rng, raw[path])
+
+  def check(case):
+    path, content = case
+    try:
+      if path.name == 'metadata':  # otherwise, a changed file would be refused unread
+        (step / 'manifest.json').unlink()
+      path.write_bytes(content)
+      integrity.damage(epath.Path(step), full=True)
+      workdir.check_config(epath.Path(run), config)
+      with contextlib.redirect_stdout(io.StringIO()):
+        checkpoint_command.main(['inspect', str(run)])
+    finally:
+      for path, content in raw.items():
+        path.write_bytes(content)
+
+  return make, check, nothing
+
+
 # Sources of documents
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,33 @@ def test_a_damaged_checkpoint_is_refused_naming_the_path(saved, tmp_path, item):
     checkpoint.restore(epath.Path(tmp_path / '3'), abstract_state(C, TX, mesh_of((1, 1, 1, 1, 1))))
 
 
+GOOD = {'step': 1, 'shapes': {'params.a': [[1], 'float32']}, 'config': {}}
+HOSTILE = ['[' * 100_000, '', '[]', *(json.dumps({**GOOD, **changes}) for changes in (
+  {'shapes': [1]}, {'shapes': {'params.a': 5}}, {'shapes': {'params.a': [['x'], 'float32']}},
+  {'shapes': {'params.a': [[2**62, 4], 'float32']}}, {'shapes': {'params.a': [[1], 'zzz']}},
+  {'shapes': {'params.a': [[1], '01f4']}}, {'shapes': {'params.a': [[1], 5]}}, {'step': None}, {'step': '1'},
+  {'config': {'__class__': {}}}, {'config': 5}))]
+
+
+@pytest.mark.parametrize('content', HOSTILE)
+def test_hostile_metadata_is_one_line(tmp_path, content):
+  (tmp_path / 'meta').mkdir()
+  (tmp_path / 'meta' / 'metadata').write_text(json.dumps(GOOD))
+  assert checkpoint.read_meta(epath.Path(tmp_path)) == GOOD
+  (tmp_path / 'meta' / 'metadata').write_text(content)
+  with pytest.raises(CheckpointError, match='meta is missing or damaged') as error:
+    checkpoint.read_meta(epath.Path(tmp_path))
+  assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('cursor', [None, {}, {'best': 1}, {'best': {'a': 1}}, {'best': {
+  'step': 1, 'metric': 'x', 'value': '0.5'}}])
+def test_a_best_evaluation_without_its_fields_is_none(cursor):
+  assert checkpoint.best({'cursor': cursor}) == {}
+  whole = {'step': 1, 'metric': 'x', 'value': 0.5, 'more': 2}
+  assert checkpoint.best({'cursor': {'best': whole}}) == whole
+
+
 def test_find_takes_a_workdir_its_checkpoints_or_one_of_them(saved):
   workdir = saved[0]
   for path in (workdir, workdir / 'checkpoints', workdir / 'checkpoints' / '3'):
@@ -221,8 +249,9 @@ def test_the_best_checkpoint_stays_until_there_is_a_better_one(tmp_path):
   kept = lambda: checkpoint.steps(epath.Path(tmp_path) / 'checkpoints')
   for first, best, left in ((1, 2, [2, 5, 6]), (7, 2, [2, 11, 12]), (13, 14, [14, 17, 18])):  # started three times
     checkpoints = Checkpoints(tmp_path, KEEP)
+    recorded = {'best': {'step': best, 'metric': 'x', 'value': 0.5}}
     for step in range(first, first + 6):
-      checkpoints.save(state, {'config': {}, 'cursor': {'best': {'step': best}} if step >= best else {}}, step)
+      checkpoints.save(state, {'config': {}, 'cursor': recorded if step >= best else {}}, step)
     checkpoints.wait()
     checkpoints.close()
     assert kept() == left

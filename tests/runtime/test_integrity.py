@@ -118,11 +118,25 @@ def test_a_damaged_checkpoint_is_nobody_s_start(copied):
       read(checkpoint.find(str(copied.parent)))
 
 
-@pytest.mark.parametrize('content', ['{}', '[]', 'null', '', '{"version": 1, "files": {"state/x": 3}}', '\x00'])
+def manifest_of(name):
+  entry = {'size': 0, 'sha256': '', 'crc32': []}
+  return json.dumps({'version': 1, 'block_bytes': integrity.BLOCK_BYTES, 'files': {name: entry}})
+
+
+@pytest.mark.parametrize('content', [
+  '{}', '[]', 'null', '', '{"version": 1, "files": {"state/x": 3}}', '\x00', '[' * 100_000, manifest_of('/dev/zero'),
+  manifest_of('state/../../x'), manifest_of('x')])
 def test_a_damaged_manifest_is_damage_too(copied, content):
   (copied / '2' / 'manifest.json').write_text(content)
   with pytest.raises(CheckpointError, match=r'2/manifest.json: not a manifest .*; .*checkpoints/1 is good'):
     checkpoint.check(copied / '2')
+
+
+def test_a_device_in_place_of_a_file_is_not_read(copied):
+  """It has 0 bytes, but reading it would never end."""
+  (copied / '2' / 'manifest.json').write_text(manifest_of('state/x'))
+  os.symlink('/dev/zero', copied / '2' / 'state' / 'x')
+  assert integrity.damage(copied / '2', full=True) == 'state/x: not a regular file'
 
 
 def test_fallback_moves_what_is_damaged_aside_and_goes_on_from_the_good_one(copied):

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import sys
 import threading
 import time
 
@@ -91,7 +92,8 @@ def test_a_process_that_died_on_this_machine_is_not_waited_for(there, dead, monk
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
-def test_who_has_lost_the_lease_ends_and_does_not_delete_that_of_the_other(there, monkeypatch, capfd):
+@pytest.mark.parametrize('full', [False, True])
+def test_who_has_lost_the_lease_ends_and_does_not_delete_that_of_the_other(there, full, monkeypatch, capfd):
   ended = threading.Event()
 
   def end(status):
@@ -100,11 +102,13 @@ def test_who_has_lost_the_lease_ends_and_does_not_delete_that_of_the_other(there
     raise SystemExit  # of the thread that renews
 
   monkeypatch.setattr(os, '_exit', end)
+  if full:  # standard error can't be written, and then not be closed without an error
+    monkeypatch.setattr(sys, 'stderr', open('/dev/full', 'w', buffering=1))  # noqa: SIM115
   with hold():
     other = json.dumps({'holder': 'process 7 on b', 'id': 'y', 'place': 'z', 'pid': 7, 'start': '2'})
     there.write_text(other)
     assert ended.wait(60)
-  assert 'error: gs://bucket/run/.lock: process 7 on b has taken over' in capfd.readouterr().err
+  assert ('error: gs://bucket/run/.lock: process 7 on b has taken over' in capfd.readouterr().err) != full
   assert there.read_text() == other
 
 

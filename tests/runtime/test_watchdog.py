@@ -101,6 +101,12 @@ def test_a_process_that_hangs_ends_with_its_stacks_and_one_line():
   assert 'since step 7' in err and 'line 7 in <module>' in err
 
 
+def test_a_process_that_hangs_ends_though_standard_error_is_full():
+  with open('/dev/full', 'w') as full:
+    [(code, _, _)] = finish([python('-c', HANGS, stderr=full)], timeout=120)
+  assert code == EXIT_JOB_LOST
+
+
 ENDS = '''
 import json, sys, threading, time
 from jax._src import distributed
@@ -130,6 +136,42 @@ def test_at_the_end_the_last_heartbeat_is_waited_for():
   """Python's end would end a thread in JAX's code with a crash. An earlier heartbeat must not overwrite the last."""
   [(code, _, err)] = finish([python('-c', ENDS)], timeout=120)
   assert code == 0, err
+
+
+FULL = '''
+import json, sys, time
+from jax._src import distributed
+from betarank.runtime.rendezvous import ProcessInfo
+from betarank.runtime.watchdog import JobWatchdog
+
+class Store:
+  def key_value_set(self, key, value, allow_overwrite):
+    print(json.loads(value)['ended'], flush=True)
+
+  def key_value_dir_get(self, key):
+    if not asked:
+      asked.append(key)
+      raise RuntimeError()  # which is logged
+    return [('x/1', json.dumps({'count': time.monotonic_ns(), 'ended': 'a reason' if sys.argv[1] == 'wait' else ''}))]
+
+asked = []
+distributed.global_state.client = Store()
+names = [f'process {i} of 2 (here)' for i in range(2)]
+with JobWatchdog(ProcessInfo('host:1', 2, 0, None), names, 0.5, open('/dev/full', 'w', buffering=1)):
+  if sys.argv[1] == 'wait':
+    time.sleep(60)
+  if sys.argv[1] != 'end':
+    raise {'value': ValueError, 'file': FileNotFoundError}[sys.argv[1]]('why')
+'''
+
+
+@pytest.mark.parametrize('what, status, published', [
+  ('end', 0, FINISHED), ('value', 2, 'why'), ('file', 1, 'why'),
+  ('wait', EXIT_JOB_LOST, 'process 1 of 2 (here) ended: a reason')])
+def test_the_reason_is_published_though_neither_the_log_nor_standard_error_can_be_written(what, status, published):
+  with open('/dev/full', 'w') as full:
+    [(code, out, _)] = finish([python('-c', FULL, what, stderr=full)], timeout=120)
+  assert (code, out.splitlines()[-1]) == (status, published)
 
 
 GONE = '''
