@@ -54,6 +54,7 @@ class Bucket:
 
   Attributes that tests read:
     requests: a Counter of requests, by (method, status of the answer).
+    struck: the number of requests that a fault has hit; `bytes_per_s` isn't counted.
     downloads: a Counter of downloads, by BUCKET/NAME of the object.
     bytes_sent: the bytes of all downloads.
     largest_download: the bytes of the largest download.
@@ -67,7 +68,7 @@ class Bucket:
     self._deleted: dict[str, tuple[float, dict[str, Any]]] = {}  # what stale lists still show: name -> (time, item)
     self.requests: collections.Counter = collections.Counter()
     self.downloads: collections.Counter = collections.Counter()
-    self.bytes_sent = self.largest_download = self.busiest = self.in_flight = 0
+    self.bytes_sent = self.largest_download = self.busiest = self.in_flight = self.struck = 0
     self._seed, self._random, self._port = seed, random.Random(seed), port
     self._moved: set[str | None] = set()  # tokens of moves that were done
     self._asked: collections.Counter = collections.Counter()
@@ -87,7 +88,9 @@ class Bucket:
       return False
     self._asked[fault, method, target] += 1
     draw = random.Random(f'{self._seed} {fault} {method} {target} {self._asked[fault, method, target]}')
-    return draw.random() < rate
+    hit = draw.random() < rate
+    self.struck += hit
+    return hit
 
   @property
   def endpoint(self) -> str:
@@ -165,7 +168,7 @@ class Bucket:
     parts = urllib.parse.urlsplit(target)
     if parts.path == _CONTROL:
       self.disturb(**json.loads(body))
-      return _json({str(key): n for key, n in self.requests.items()})
+      return _json({'requests': self.requests.total(), 'struck': self.struck})
     query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
     unquote = urllib.parse.unquote
     if match := re.fullmatch(r'/upload/storage/v1/b/([^/]+)/o', parts.path):
@@ -198,6 +201,7 @@ class Bucket:
       return self._list(unquote(match[1]), query)
     if match := re.fullmatch(r'/storage/v1/b/([^/]+)', parts.path):
       if self.objects_only:
+        self.struck += 1
         return _json({'error': {'code': 403, 'message': 'no storage.buckets.get access'}}, 403)
       return _json({'kind': 'storage#bucket', 'name': match[1], 'id': match[1], 'location': 'US',
                     'storageClass': 'STANDARD'}) if (self.folder / match[1]).is_dir() else _missing()
@@ -252,8 +256,9 @@ class Bucket:
     gone = {}
     if self.stale_s:
       since = time.time() - self.stale_s
-      names = {name: p for name, p in names.items() if p.stat().st_mtime < since}
+      now, names = names, {name: p for name, p in names.items() if p.stat().st_mtime < since}
       gone = {item['name']: item for when, item in self._deleted.values() if when > since and item['bucket'] == bucket}
+      self.struck += any(name.startswith(prefix) for name in now.keys() ^ (names.keys() | gone.keys()))
     names = sorted(names | gone)
     items, prefixes = [], set()
     for name in names:
@@ -382,6 +387,7 @@ class _Connection(asyncio.Protocol):
 
   async def _answer(self, bucket: Bucket, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
     if target != _CONTROL:
+      bucket.struck += bucket.latency_s > 0
       await asyncio.sleep(bucket.latency_s)
       if bucket.unlucky('hang', method, target):
         bucket.requests[method, 'hang'] += 1
@@ -395,7 +401,8 @@ class _Connection(asyncio.Protocol):
         bucket.requests[method, 'lost'] += 1
         self.transport.abort()
         return
-    bucket.requests[method, status] += 1
+    if target != _CONTROL:
+      bucket.requests[method, status] += 1
     download = method == 'GET' and status in (200, 206) and 'x-goog-generation' in out
     out = {'content-length': str(len(content)), 'date': 'Thu, 01 Jan 2026 00:00:00 GMT', **out}
     head = ''.join(f'{name}: {value}\r\n' for name, value in out.items())
@@ -420,7 +427,10 @@ class _Connection(asyncio.Protocol):
 
 
 def disturb(endpoint: str, **faults: float) -> dict[str, int]:
-  """Sets the faults of the server at `endpoint`, and ends all others. Returns how often it answered what."""
+  """Sets the faults of the server at `endpoint`, and ends all others.
+
+  Returns {'requests': the number of requests that it has answered, 'struck': how many of them a fault has hit}.
+  """
   request = urllib.request.Request(endpoint + _CONTROL, json.dumps(faults).encode(), method='POST')
   with urllib.request.urlopen(request, timeout=60) as answer:
     return json.load(answer)

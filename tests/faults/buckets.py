@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from tests import bucket
-from tests.faults.campaign import ROOT, SUMS, Campaign, Missed, contents, kill_all
+from tests.faults.campaign import ROOT, SUMS, Campaign, Missed, contents, kill, kill_all, wait
 from tests.runs import free_port
 
 DATA, RUN = 'gs://bucket/data', 'gs://bucket/run'
@@ -178,26 +178,31 @@ STEADY = {
 def steady(name: str):
   """The fault is there from the first to the last request."""
   def fault(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-    command = rng.choice([*WRITERS, 'train', 'rl', *(READERS if name != 'stale lists' else ())])
+    # Commands that only read lose no answers to writes.
+    command = rng.choice([*WRITERS, 'train', 'rl', *(READERS if name not in ('lost answers', 'stale lists') else ())])
     undisturbed(c, command)
     with served(c, place, command, rng) as store:
       store.disturb(**STEADY[name])
       code, _ = ended(c, launch(c, place, store, command))
+      if not store.disturb()['struck']:
+        raise Missed('the fault hit no request')
       return finish(c, place, store, command, code) if command in WRITERS else f'{command}, status {code}'
   return fault
 
 
-def _window(begin: Callable[[Store], object], end: Callable[[Store], object], longest_s: float, readers: bool = True):
-  """A fault that begins at a random time of a command, and ends a random time later."""
+def _window(begin: Callable[[Store], object], end: Callable[[Store], object], longest_s: float, sign: str = 'struck'):
+  """A fault that begins at a random time of a command, and ends a random time later.
+
+  sign: what the server must have counted at the end, unless the command ended with an error. A server that was dead has
+    counted no fault; it counts the requests after it.
+  """
   def fault(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-    command = rng.choice([*WRITERS, 'train', 'rl', *(READERS if readers else ())])
+    command = rng.choice([*WRITERS, 'train', 'rl', *READERS])
     undisturbed(c, command)
     at, length = rng.uniform(1.0, took_s(c, command)), rng.choice([rng.uniform(0.5, 5), rng.uniform(5, longest_s)])
     with served(c, place, command, rng) as store:
       process = launch(c, place, store, command)
-      time.sleep(at)
-      if process.poll() is not None:
-        raise Missed('it had ended before')
+      wait([process], lambda: True, at)
       begin(store)
       until = time.monotonic() + length
       while process.poll() is None and time.monotonic() < until:
@@ -205,6 +210,8 @@ def _window(begin: Callable[[Store], object], end: Callable[[Store], object], lo
       end(store)
       code, line = ended(c, process)
       assert not code or 'bucket' in line or '127.0.0.1' in line, line
+      if not code and not store.disturb()[sign]:
+        raise Missed('the fault hit no request')
       return finish(c, place, store, command, code) if command in WRITERS else f'{command}, status {code}'
   return fault
 
@@ -218,11 +225,11 @@ def killed(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
     store.disturb(latency_s=rng.choice([0.0, 0.05]))  # more of the time is spent in writing
     for _ in range(3):
       process = launch(c, place, store, command)
-      time.sleep(rng.uniform(1.0, 1.2 * took_s(c, command)))
-      if process.poll() is not None:
+      try:
+        wait([process], lambda: True, rng.uniform(1.0, 1.2 * took_s(c, command)))
+        kill(process)
+      except Missed:
         break
-      process.send_signal(signal.SIGKILL)
-      process.communicate()
       if command == 'sweep':
         kill_all(place)
       hits += 1
@@ -244,11 +251,7 @@ def launched_twice(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   lock = {'eval': 'eval/.lock-sample', 'probe': 'eval/.lock-probe'}.get(command, '.lock')
   with served(c, place, command, rng) as store:
     first = launch(c, place, store, command)
-    until = time.monotonic() + 120
-    while not (store.run / lock).exists():
-      if first.poll() is not None or time.monotonic() > until:
-        raise Missed('it had ended before')
-      time.sleep(0.002)
+    wait([first], (store.run / lock).exists)
     elsewhere, told = rng.random() < 0.5, threading.Event()
     first.send_signal(signal.SIGSTOP)  # so that it can't end before the second one looks
     if elsewhere:  # it gives signs of life, but not as a process of this machine
@@ -305,6 +308,8 @@ def saved(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
     cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   code, out, err = c.finish(process)
   assert code == 0, f'after {out.splitlines()}: {err[-1500:]}'
+  if not out:
+    raise Missed('the faults hit no request')
   return out.splitlines()
 
 
@@ -315,7 +320,7 @@ _calm = lambda store: store.disturb()
 # Name: (function, kinds of run that it needs, share of the points in percent).
 CLASSES = {
   **{f'bucket: {name}': (steady(name), 'train rl', 50) for name in STEADY},
-  'bucket: dies and comes back': (_window(_down, _up, 45), 'train rl', 100),
+  'bucket: dies and comes back': (_window(_down, _up, 45, 'requests'), 'train rl', 100),
   'bucket: token expires': (
     _window(lambda store: store.disturb(error_rate=1.0, error_statuses=[401]), _calm, 45), 'train rl', 50),
   'bucket: access is lost': (

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from betarank.runtime import checkpoint
 from tests.runs import arrays, deadline_s, environment, free_port, metrics
@@ -25,6 +25,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PATIENCE_S = 900.0  # for a run that takes seconds, or a minute with many processes, on an idle machine
 SUMS = 'reasoning:chain_sum?max_terms=2&max_digits=1'
 _killed: dict[int, pathlib.Path] = {}  # by `kill_all`: process id -> folder of its trial
+# Keys of JSON files whose values say when and how a command was started, and of which code, but not what it computed.
+OF_A_START = {'code_version', 'command', 'ended', 'exit', 'launches', 'processes', 'seconds', 'slot', 'started',
+              'started_s', 'starts'}
 
 
 class Missed(Exception):
@@ -215,7 +218,8 @@ class Campaign:
   def check_same(self, kind: Kind, workdir: pathlib.Path, all_kept: bool = True) -> None:
     """Checks that a run left the same as the undisturbed run, to the last bit.
 
-    Compares all metrics except times, the samples, all arrays and cursors, and the names of all files.
+    Compares all metrics except times, the samples, all JSON files except times and paths, all arrays and cursors, and
+    the names of all files.
 
     all_kept: whether to compare all checkpoints of each run; if False, only the last one.
     """
@@ -260,6 +264,9 @@ def contents(workdir: pathlib.Path) -> dict[str, object]:
       found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     elif path.suffix == '.jsonl':
       found[name] = sorted(path.read_text().splitlines())  # evaluations write in any order
+    elif path.suffix == '.json':
+      text = re.sub(r'(?<![\w:/])/[^"\s:=]*/', '', path.read_text())  # of an absolute path, the last name stays
+      found[name] = json.loads(text, object_hook=lambda x: {k: v for k, v in x.items() if k not in OF_A_START})
     else:
       found[name] = 'present'
   return found
@@ -299,6 +306,38 @@ def processes(place: pathlib.Path) -> dict[int, str]:
 
 def orphans(place: pathlib.Path) -> list[str]:
   return [f'{pid} {command[-80:]}' for pid, command in processes(place).items()]
+
+
+def wait(running: Sequence[subprocess.Popen], holds: Callable[[], object], delay_s: float = 0.0) -> None:
+  """Waits until `holds()` is true, and then for delay_s seconds.
+
+  Raises:
+    Missed: a process in `running` has ended well by then.
+    AssertionError: a process has failed by then, or `holds()` wasn't true within PATIENCE_S.
+  """
+  until = time.monotonic() + PATIENCE_S
+  while not holds():
+    _check_running(running)
+    assert time.monotonic() < until, f'the point of the fault did not come within {PATIENCE_S:g} s'
+    time.sleep(0.0005)
+  time.sleep(delay_s)
+  _check_running(running)
+
+
+def _check_running(processes: Sequence[subprocess.Popen]) -> None:
+  ended = [process for process in processes if process.poll() is not None]
+  for process in ended:
+    assert process.returncode == 0, f'exit {process.returncode} before the fault: {Campaign.finish(process)[2][-600:]}'
+  if ended:
+    raise Missed('it had ended before')
+
+
+def kill(process: subprocess.Popen) -> None:
+  """Kills a process with SIGKILL. If the process has ended before, raises the errors of `wait`."""
+  process.kill()
+  if process.wait() != -signal.SIGKILL:
+    _check_running([process])
+  Campaign.finish(process)
 
 
 def kill_all(place: pathlib.Path) -> None:

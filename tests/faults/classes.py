@@ -19,14 +19,15 @@ import time
 
 from tests.faults import buckets
 from tests.faults.campaign import (
-  PATIENCE_S,
   ROOT,
   SUMS,
   Campaign,
   Kind,
   Missed,
+  kill,
   kill_all,
   processes,
+  wait,
 )
 from tests.runs import deadline_s, last_error
 
@@ -62,15 +63,6 @@ def unfinished(workdir: pathlib.Path, since: float) -> bool:
   return False
 
 
-def wait(running: list[subprocess.Popen], holds, delay_s: float = 0.0) -> None:
-  until = time.monotonic() + PATIENCE_S
-  while not holds():
-    if any(p.poll() is not None for p in running) or time.monotonic() > until:
-      raise Missed('it had ended before')
-    time.sleep(0.0005)
-  time.sleep(delay_s)
-
-
 def hit(kind: Kind, workdir: pathlib.Path, running: list[subprocess.Popen], victim: int, rng: random.Random) -> str:
   """Kills a process of a run that has just started, with SIGKILL. Returns a note on where the run was.
 
@@ -88,10 +80,7 @@ def hit(kind: Kind, workdir: pathlib.Path, running: list[subprocess.Popen], vict
   else:
     after = rng.choice([0, kind.steps // 3, 2 * kind.steps // 3])
     wait(running, lambda: last_step(workdir) >= after and unfinished(workdir, began), rng.uniform(0, 0.1))
-  running[victim].kill()
-  running[victim].communicate()
-  if running[victim].returncode != -signal.SIGKILL:
-    raise Missed('it had ended before')
+  kill(running[victim])
   return 'in a save' if unfinished(workdir, began) else 'after a save' if how == 'save' else f'by {how}'
 
 
@@ -163,8 +152,8 @@ def killed_parts(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[s
     with contextlib.suppress(Missed):
       wait([process], lambda: True, rng.uniform(0.3, 4.0))
       kill_all(place)
+      kill(process)
       hits.append(' '.join(command))
-    c.finish(process)
     c.finish_well(c.start(place, args))
   c.check_same(kind, workdir)
   c.check_clean(place)
@@ -255,8 +244,7 @@ def lost_of_many(is_coordinator: bool):
     victim, step = 0 if is_coordinator else rng.randrange(1, kind.processes), rng.randint(1, 8)
     running = c.launch(kind, workdir)
     wait(running, lambda: last_step(workdir) >= step)
-    running[victim].kill()
-    running[victim].communicate()
+    kill(running[victim])
     ends_of_others(c, running, victim, f'--host_deadline_s={deadline_s(kind.processes)}' if victim else 'is gone')
     return resumed_by_fewer(c, kind, workdir, rng)
 
@@ -366,9 +354,8 @@ def terminated(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   asked = rng.choice(running)
   asked.terminate()
   ends = [c.finish(p) for p in running]
-  if asked.returncode == -signal.SIGTERM:  # before it handles the signal, which then kills it
-    return c.resume(kind, workdir, [f'{kind.name}, too early'])[0]
-  if all(code == 0 for code, _, _ in ends):
+  if all(code in (0, -signal.SIGTERM) for code, _, _ in ends):
+    c.check_same(kind, workdir)  # a run that has ended handles the signal no more
     raise Missed('it had ended before')
   assert all(code == 143 and 'Traceback' not in err for code, _, err in ends) and 'asked to stop' in ends[0][1], ends
   return c.resume(kind, workdir, [kind.name], all_kept=False)[0]  # its checkpoint takes the place of an earlier one
@@ -393,6 +380,8 @@ def interrupted(*names: str):
         os.killpg(process.pid, signal.SIGINT)
       code, out, err = c.finish(process)
       if code in (0, -signal.SIGINT):  # it had ended; the last part of Python's own end handles no signals
+        assert 'Traceback' not in err, f'exit {code} after {at:.2f} s: {err[-600:]}'
+        c.check_same(kind, workdir, all_kept=False)
         break
       said = [line for line in err.splitlines() if line and not re.match(PROGRESS, line)]
       ends = [line for line in [*said, *out.splitlines()] if re.match('stopped(;|$)|asked to stop', line)]
@@ -596,17 +585,16 @@ def dead_verifiers(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   pool = lambda: [pid for pid, command in processes(place).items() if 'verifier_worker' in command]
   hits = 0
   for _ in range(rng.randint(1, 4)):
-    with contextlib.suppress(Missed):
-      wait([process], pool, rng.uniform(0, 1.5))
-      for pid in pool():
-        with contextlib.suppress(ProcessLookupError):
-          os.kill(pid, signal.SIGKILL)
-          hits += 1
-  if not hits:
-    raise Missed('it had ended before')
+    wait([], lambda: pool() or process.poll() is not None, rng.uniform(0, 1.5))
+    for pid in pool():
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        hits += 1
   code, _, err = c.finish(process)
   if code:  # workers were killed three times before they had started: the run ends with one line
-    assert code == 2 and 'times at its start' in one_line(err), f'exit {code}: {err[-600:]}'
+    assert hits and code == 2 and 'times at its start' in one_line(err), f'exit {code}: {err[-600:]}'
+  elif not hits:
+    raise Missed('it had ended before')
   else:
     c.check_same(kind, workdir)
   c.resume(kind, workdir)

@@ -2,7 +2,8 @@
 
 Each trial saves three states, maybe with an error, while the faults of its seed last. Afterwards every complete
 checkpoint must be what was saved as this step, none that was reported as written may be missing, and a restart saves
-the rest. Everything is in one process, so a trial takes seconds. Prints a line for each trial.
+the rest. Everything is in one process, so a trial takes seconds. Prints a line for each trial in which a fault hit a
+request.
 """
 
 import random
@@ -48,6 +49,7 @@ def main():
 
 def trial(bucket, workdir, rng, placed, states, target):
   faults, ends_s = rng.choice(FAULTS), rng.uniform(0.2, 3.0)
+  struck = bucket.struck
   timers = [threading.Timer(rng.uniform(0.0, 0.8), lambda: bucket.disturb(**faults))]
   timers.append(threading.Timer(timers[0].interval + ends_s, bucket.disturb))
   for timer in timers:
@@ -75,7 +77,8 @@ def trial(bucket, workdir, rng, placed, states, target):
   checkpoints.close()
   assert checkpoint.steps(folder) == [2, 3], checkpoint.steps(folder)
   check(folder, [2, 3], target, states)
-  print(f'{" ".join(map(str, faults))}, {"one line, resumed" if problem else "survived"}', flush=True)
+  if bucket.struck > struck:
+    print(f'{" ".join(map(str, faults))}, {"one line, resumed" if problem else "survived"}', flush=True)
 
 
 def check(folder, steps, target, states):
