@@ -106,8 +106,12 @@ def main():
   if importlib.util.find_spec('tokamax'):
     ways['tokamax (mosaic)'] = lambda: tokamax(segments)
   forward_flops = 4 * args.length / 2 * heads * width * args.rows * args.length
-  reference = jax.jit(exact)(segments, q, k, v, dout)
   print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {args}', flush=True)
+  try:
+    reference = jax.block_until_ready(jax.jit(exact)(segments, q, k, v, dout))
+  except jax.errors.JaxRuntimeError as e:  # its [T, T] scores don't fit into memory
+    print(f'no errors are given: {str(e)[:200]}', flush=True)
+    reference = None
   print(f'{"":36}{"forward ms":>12}{"TFLOP/s":>9}{"backward ms":>13}{"TFLOP/s":>9}   error of out, dq, dk, dv',
         flush=True)
   for name, make in ways.items():
@@ -118,7 +122,7 @@ def main():
       forward = jax.jit(attend)
       both = jax.jit(functools.partial(with_gradients, attend))
       a, ab = seconds(forward, (q, k, v)), seconds(both, (q, k, v, dout))
-      error = errors(both(q, k, v, dout), reference)
+      error = errors(both(q, k, v, dout), reference) if reference else []
       print(f'{name:36}{a * 1e3:12.3f}{forward_flops / a / 1e12:9.0f}{(ab - a) * 1e3:13.3f}'
             f'{2.5 * forward_flops / (ab - a) / 1e12:9.0f}   {" ".join(f"{e:.1e}" for e in error)}', flush=True)
     except Exception as e:  # the kernel isn't installed, or doesn't support these sizes

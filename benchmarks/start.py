@@ -222,8 +222,9 @@ def measure(args: argparse.Namespace, root: pathlib.Path) -> None:
     }
     for name in args.commands.split(','):
       programs = f'{root}/programs/{name}'  # of this command only, so that no other fills the cache
-      for left in {'train': [base], 'rl': [rl]}.get(name, []) + [programs] * (cache == 'cold'):
-        shutil.rmtree(left, ignore_errors=True)
+      left = {'train': base, 'rl': rl, 'probe': f'{base}/eval/probe', 'sample': f'{base}/eval/samples'}[name]
+      for folder in [left] + [programs] * (cache == 'cold'):
+        shutil.rmtree(folder, ignore_errors=True)
       environment = {'JAX_COMPILATION_CACHE_DIR': programs}
       results[name].append(run([*COMMANDS[name][1], *commands[name]], environment))
       print(f'{name}, {cache}: {results[name][-1][2]["whole"]:.1f} s', flush=True)

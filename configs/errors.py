@@ -106,8 +106,9 @@ def _discard_output() -> None:
 
 def _refuse(error: object) -> NoReturn:
   print_if_possible(f'error: {one_line(error)}')
-  try:
-    sys.stdout.flush()
-  except OSError:
-    _discard_output()
+  if sys.stdout and not sys.stdout.closed:
+    try:
+      sys.stdout.flush()
+    except OSError:
+      _discard_output()
   sys.exit(2)

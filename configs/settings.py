@@ -220,7 +220,8 @@ RL_SECTION = dict(
   phase_steps=S((700,), IDENTITY, 'last step of each phase but the last'),
   **DECODING,
   truncated_reward=S('zero', IDENTITY, 'answers that are cut off by the length limit and not right: zero (get at '
-                     'most 0) | masked (are left out of the loss). Right ones keep theirs. The paper leaves it open'),
+                     'most 0) | masked (are left out of the loss). Right answers keep their reward. The paper leaves '
+                     'it open'),
   overlong_buffer=S(0, IDENTITY, 'soft penalty for long answers (DAPO): the number of tokens before the length limit '
                     'in which it falls from 0 to -1; 0: no penalty'),
   temperature=S(1.0, IDENTITY, 'temperature of sampling, and of the log-probabilities in the loss'),

@@ -235,7 +235,7 @@ babysit() {
     count_ready "$state"
     if used_up "$cap"; then
       say "the cap of $cap hours is reached: the run saves and stops"
-      [ "$state" != READY ] || stop_run || true
+      case $state in READY | ODD*) stop_run || true ;; esac
       exit 4
     fi
     case $state in NONE | UNKNOWN*) ;; *) seen=yes ;; esac
@@ -272,7 +272,7 @@ babysit() {
       created='' # the slice isn't ours to delete: its run would be lost
       die "$TPU_NAME runs another command; stop it with launch/tpu.sh stop, or choose another TPU_NAME" 7
     fi
-    created=yes
+    case $run,$state in UNREACHABLE,ODD*) ;; *) created=yes ;; esac # such a slice may run another command
     [ "$run" = UNREACHABLE ] || unreachable=0
     if [ -z "$began" ] && [ "$run" = RUNNING ]; then began=$SECONDS; fi
     case $run in
@@ -291,12 +291,16 @@ babysit() {
           nap "$poll"
         else
           unreachable=0 message=$(reason)
+          [ -n "$created" ] || die "$TPU_NAME can't be reached, and may run another command; delete it yourself: $message" 6
           say 'still unreachable: deleting and recreating the slice'
           if attempt delete delete; then failed ssh "$message"; fi
         fi
         ;;
       FAILED* | STOPPED | ASKED)
-        [ -z "$began" ] || run_ended "$run" # otherwise an earlier babysit left it behind
+        if [ -n "$began" ]; then # otherwise an earlier babysit left it behind
+          run_ended "$run"
+          [ "$(run_state "${command[@]}")" != ASKED ] || run_ended ASKED # stopped during the wait
+        fi
         began=''
         attempt stop stop_run || continue
         ;;&

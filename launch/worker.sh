@@ -113,7 +113,11 @@ case $1 in
     echo "betarank-state $state"
     ;;
   stop)
-    if [ -z "${2:-}" ] && [ -d "$run" ]; then touch "$run/asked"; fi
+    if [ -n "${2:-}" ]; then # asked by babysit, which ends or starts again
+      rm -f "$run/asked"
+    elif [ -d "$run" ]; then
+      touch "$run/asked"
+    fi
     if alive && { [ -z "${2:-}" ] || [ "$2" = "$(cat "$run/id")" ]; }; then
       kill -TERM "$(cat "$run/pid")" 2>/dev/null || true
       for _ in $(seq "$grace"); do

@@ -107,7 +107,7 @@ class RlConfig:
     if not 0.001 <= self.repeat_zero_variance <= 1:  # with less, a step might skip prompts almost forever
       raise ValueError(f'repeat_zero_variance must be from 0.001 to 1, got {self.repeat_zero_variance}')
     if self.repeat_zero_variance < 1 and self.task.uri.startswith('reasoning:'):
-      raise ValueError('repeat_zero_variance must be 1 with generated problems, which never come twice, got '
+      raise ValueError('repeat_zero_variance must be 1 with generated problems, whose number is unlimited, got '
                        f'{self.repeat_zero_variance}')
     if self.zero_variance_groups not in ZERO_VARIANCE_GROUPS:
       raise ValueError(f'zero_variance_groups must be one of {", ".join(ZERO_VARIANCE_GROUPS)}, got '

@@ -156,7 +156,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
               f'{rl.advantage.name} with {rl.loss.name}',
       'left out': '; '.join(filter(None, (tasks.describe_left_out(), *long))),
       'evaluated': '; '.join(
-        f'{len(asked)} problems of {name}' + (', which has no others' if len(asked) < rl.eval_prompts else '')
+        f'{len(asked)} problems of {name}' + (', in which no others were found' if len(asked) < rl.eval_prompts else '')
         for name, asked in evaluated.items()),
       'mesh': setup.describe_mesh(mesh) + samplers[0].describe_split(),
       'run': setup.describe_length(beginning, run.steps, root)})
@@ -280,7 +280,7 @@ def sample_and_judge(
   groups = graded_groups(
     parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, ask(), samples=rl.group_size,
     seed=parts.run.seed, step=step, more=more)
-  note(groups)
+  note([group for group in groups if group.cursor not in varies])
   seen = groups[: wanted(False)]
   compared = [group.cursor for group in seen if sum(group.rewards(rule)[1]) > 1]  # undecided answers show nothing
   progress = after[len(seen)].recorded(parts.tasks, [(number, varies[number]) for number in compared])

@@ -311,11 +311,12 @@ class PolicyLossConfig:
       raise ValueError(f'dual_clip must be 0, or at least 1 + eps_high with name = clip_higher, got {self.dual_clip}')
     if self.dual_clip and self.cov == 'kl_cov':
       raise ValueError(f'dual_clip must be 0 with cov = kl_cov, which clips nothing, got {self.dual_clip}')
-    for name in ('eps_low', 'eps_high'):  # the defaults are those of clip_higher
-      if self.name == 'gspo' and getattr(self, name) > 0.05:  # its ratio, a geometric mean, stays near 1
-        raise ValueError(f'{name} must be small for gspo (its paper: 3e-4, 4e-4), got {getattr(self, name)}')
-      if self.name == 'cispo' and getattr(self, name) < 0.5:  # it only limits large weights
-        raise ValueError(f'{name} must be large for cispo (published: 1, 4), got {getattr(self, name)}')
+    if self.cov != 'kl_cov':  # the defaults are those of clip_higher
+      if self.name == 'cispo' and self.eps_low < 0.5:  # it only limits large weights
+        raise ValueError(f'eps_low must be large for cispo (published: 1), got {self.eps_low}')
+      for name in ('eps_low', 'eps_high'):
+        if self.name == 'gspo' and getattr(self, name) > 0.05:  # its ratio, a geometric mean, stays near 1
+          raise ValueError(f'{name} must be small for gspo (its paper: 3e-4, 4e-4), got {getattr(self, name)}')
     if self.aggregation not in AGGREGATIONS:
       raise ValueError(f'aggregation must be one of {", ".join(AGGREGATIONS)}, got {self.aggregation!r}')
     if self.aggregation == 'constant' and self.constant < 1:

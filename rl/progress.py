@@ -33,7 +33,8 @@ class Best:
     metric: the name under which the result is logged, such as eval/held_out/avg_at_16.
     step: the step after which the policy was evaluated; 0 for the policy at the start.
     value: the result.
-    problems: SHA-256 of the problems that were evaluated on; '' in checkpoints from before 2026-11-29.
+    problems: SHA-256 of the problems that were evaluated on; '' in checkpoints from before 2026-11-29. They are assumed
+      to be those of the next evaluation.
   """
 
   metric: str
@@ -164,7 +165,7 @@ class Progress:
     evaluation has another metric or other problems. If the value is NaN, the progress stays unchanged.
     """
     best = self.best
-    same = best and (best.metric, best.problems) == (new.metric, new.problems)
+    same = best and best.metric == new.metric and best.problems in ('', new.problems)
     if math.isnan(new.value) or (same and new.value <= best.value):
       return self
     return dataclasses.replace(self, best=new)

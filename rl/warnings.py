@@ -11,10 +11,13 @@ TRUNCATED_STEPS = 10  # warn after so many steps in which nearly all answers wer
 FLAT_STEPS = 100  # warn if the pass rate hasn't changed over so many steps
 COLLAPSED = 0.1  # warn if the entropy of drawn tokens falls below this share of its first values
 
+# Lines of steps have these figures; those of runs before 2026-11-28 may lack some, and are left out.
+_NEEDED = {'train/groups_learned_from', 'train/tokens', 'train/length_tokens', 'train/entropy_drawn_nats'}
+
 
 def used(lines: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
   """Returns the lines of a run's metrics.jsonl that `warnings` needs: those of the first and the last steps."""
-  steps = [line for line in lines if 'train/groups_learned_from' in line]
+  steps = [line for line in lines if line.keys() >= _NEEDED]
   return steps[:FIRST_STEPS] + steps[FIRST_STEPS:][-FLAT_STEPS:]
 
 

@@ -167,7 +167,7 @@ class TaskSet:
     """Returns the first `count` tasks with different questions, or as many as there are.
 
     Of equal questions, the first task is returned. Generated problems repeat, so a generator of few problems may have
-    less than `count`. The search ends after 200 repeated questions in a row, and may miss rare questions.
+    fewer than `count`. The search ends after 200 repeated questions in a row, and may miss rare questions.
     """
     found: dict[int, Task] = {}
     repeated = 0

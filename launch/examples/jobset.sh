@@ -37,7 +37,11 @@ state() { # "is STATE", where STATE is empty while the job runs; "missing"; "unk
   echo "${found:-missing}"
 }
 gone() { # gone FLAGS: deletes the JobSet
-  until kubectl delete jobset "$name" --ignore-not-found "$@"; do sleep "${POLL_S:-30}"; done
+  for _ in {1..20}; do
+    if kubectl delete jobset "$name" --ignore-not-found "$@"; then return; fi
+    sleep "${POLL_S:-30}"
+  done
+  echo "jobset.sh: JobSet $name could not be deleted; kubectl's messages are above" >&2
 }
 trap 'gone --wait=true; exit 143' TERM INT
 
@@ -46,7 +50,7 @@ while true; do
   case $(state) in
     unknown | missing)
       if [ -z "$seen" ] && [ "$((polls += 1))" -gt 20 ]; then
-        echo "jobset.sh: JobSet $name could not be created; kubectl's messages are above" >&2
+        echo "jobset.sh: JobSet $name could not be found or created; kubectl's messages are above" >&2
         exit 1
       fi
       ;;&

@@ -31,8 +31,8 @@ wait $! || code=$?
 if [ ! -s "$finish" ]; then # sbatch has refused it
   scancel "${array%%;*}"
 elif [ "$code" = 0 ]; then # also if the job was cancelled before it ran
-  scontrol show job "$(cut -d';' -f1 "$finish")" | grep JobState=COMPLETED >/dev/null || {
-    echo 'prepare_slurm.sh: the parts were not combined, because one failed; see its log' >&2
+  scontrol show job "$(cut -d';' -f1 "$finish")" | grep -E 'JobState=COMPLET(ED|ING)' >/dev/null || {
+    echo 'prepare_slurm.sh: the parts were not combined, or scontrol gave no answer; see the logs of the parts' >&2
     code=1
   }
 fi

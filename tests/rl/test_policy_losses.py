@@ -330,7 +330,7 @@ def test_bandit_converges_to_its_best_arm(name):
 
 @pytest.mark.parametrize('field,settings', [
   ('name', {'name': 'ppo'}), ('eps_low', {'eps_low': 1.5}), ('eps_high', {'eps_high': -1.0}),
-  ('eps_low', {'name': 'gspo'}), ('eps_low', {'name': 'cispo'}), ('eps_high', {'name': 'cispo', 'eps_low': 1.0}),
+  ('eps_low', {'name': 'gspo'}), ('eps_low', {'name': 'cispo'}),
   ('aggregation', {'aggregation': 'mean'}), ('constant', {'aggregation': 'constant'}),
   ('dual_clip', {'dual_clip': 3.0, 'cov': 'kl_cov'}), ('importance_cap', {'importance_cap': 0.5}),
   ('kl', {'kl': 'k4'}), ('kl', {'kl': 'k1', 'kl_weight': 0.1}),

@@ -109,7 +109,9 @@ def test_the_best_evaluation_is_the_earliest_of_the_highest(tasks):
   assert progress.evaluated(Best('eval/held_out/avg_at_16', 15, 0.1, 'f' * 64)).best.step == 15
   assert progress.evaluated(Best('eval/held_out/avg_at_4', 15, 0.1, 'b' * 64)).best.step == 15
   del cursor['best']['problems']  # an older cursor doesn't have them
-  assert Progress.read(cursor, tasks, False).best == Best('eval/held_out/avg_at_4', 3, 0.5)
+  old = Progress.read(cursor, tasks, False)
+  assert old.best == Best('eval/held_out/avg_at_4', 3, 0.5)
+  assert old.evaluated(Best('eval/held_out/avg_at_4', 15, 0.4, 'f' * 64)).best.step == 3  # is still protected
 
 
 @pytest.mark.parametrize('key, value, message', [

@@ -153,6 +153,7 @@ def test_a_resumed_run_gives_the_warnings_of_an_uninterrupted_one(tmp_path):
   for i, line in enumerate(lines, 1):
     file.write(i, {'eval/held_out/avg_at_4': 0.5})
     file.write(i, line)
+  assert not used([{'step': 1, 'train/groups_learned_from': 1.0}])  # a run from before the other figures were logged
   for start in (120, 15):
     JsonLines(path, start)  # which removes the lines of later steps
     history, whole = used(lines_of(path)), lines[:start]

@@ -212,8 +212,8 @@ def test_training_begins_with_other_problems_than_an_evaluation_on_the_same_task
   asked = TaskSet(c, split='all').distinct(64)
   assert asked == TaskSet(c, seed=1, split='all').distinct(64)  # all seeds are evaluated on the same problems
   exclude = frozenset(question_hash(task.question) for task in asked)
-  train = TaskSet(dataclasses.replace(c, uri=uri), exclude=exclude)
-  assert not hashes(train, 64) & exclude
+  for left_out in (exclude, frozenset()):  # not only because they are left out
+    assert not hashes(TaskSet(dataclasses.replace(c, uri=uri), exclude=left_out), 64) & exclude
 
 
 def test_a_generator_with_few_problems_left_for_training_finds_them_or_says_so():
@@ -317,7 +317,7 @@ def rewards(tmp_path):
   path = tmp_path / 'rewards.py'
   path.write_text('def brevity(answer, **_):\n  return 1 / len(answer)\n'
                   'def broken(answer, **_):\n  return answer.nothing\n'
-                  'def reads(answer, **_):\n  import os\n  return os.system("true")\n'
+                  'def starts(answer, **_):\n  import os\n  return os.system("true")\n'
                   'def endless(answer, **_):\n  while True:\n    pass\n')
   return path
 
@@ -336,7 +336,8 @@ def test_a_reward_of_ones_own(jsonl, rewards):
 
 @pytest.mark.parametrize('source', ['reasoning:gcd', 'jsonl'])
 @pytest.mark.parametrize('reward, message', [
-  ('broken', "AttributeError: 'str' object has no attribute 'nothing'"), ('reads', 'the process .* touched the system'),
+  ('broken', "AttributeError: 'str' object has no attribute 'nothing'"),
+  ('starts', 'the process .* touched the system'),
   ('endless', 'no verdict before the deadline')])
 def test_a_reward_that_decides_nothing_is_refused(jsonl, rewards, source, reward, message):
   uri = source if source != 'jsonl' else jsonl({'question': 'r', 'answer': '2'})
