@@ -83,8 +83,8 @@ def checkpoint(path, step, settings, parent, cursor, code):
   folder = path / 'checkpoints' / str(step)
   write(folder / 'state' / 'x', '')
   write(folder / 'meta' / 'metadata', json.dumps({
-    'shapes': {}, 'config': settings, 'parent': str(parent), 'code_version': code, 'tokenizer_sha256': 'f' * 64,
-    'cursor': cursor}, default=list))
+    'step': step, 'shapes': {}, 'config': settings, 'parent': str(parent), 'code_version': code,
+    'tokenizer_sha256': 'f' * 64, 'cursor': cursor}, default=list))
 
 
 def probe(path, step, *, entropy, domain='main', **figures):
