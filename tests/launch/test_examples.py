@@ -137,7 +137,7 @@ def test_a_jobset_that_can_not_be_created_ends_with_one_line(jobset):
   (jobset.folder / 'forbidden').touch()
   _, err = jobset.start('job-1', COMMAND).communicate(timeout=120)
   assert len(jobset.calls('create')) == 20
-  assert err.splitlines()[-1] == "jobset.sh: JobSet job-1 could not be created; kubectl's messages are above"
+  assert err.splitlines()[-1] == "jobset.sh: JobSet job-1 could not be found or created; kubectl's messages are above"
 
 
 @pytest.mark.parametrize('exists', [True, False])
