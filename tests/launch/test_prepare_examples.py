@@ -80,7 +80,8 @@ def test_parts_of_a_slurm_array_are_not_combined_if_one_fails(folder):
   script = EXAMPLES / 'prepare_slurm.sh'
   done = run(folder, script, 2, '--config=x', SCRIPT=str(script), FAILS='2')
   assert done.returncode == 1 and not (folder / '2.').exists()
-  assert done.stderr == 'prepare_slurm.sh: the parts were not combined, or scontrol gave no answer; see the logs of the parts\n'
+  assert done.stderr == ('prepare_slurm.sh: the parts were not combined, or scontrol gave no answer; see the logs of '
+                         'the parts\n')
 
 
 def test_a_slurm_array_is_cancelled_if_the_job_after_it_is_refused(folder):

@@ -492,6 +492,26 @@ def test_babysit_tries_a_run_that_fails_again_within_reason(cloud, how, code, ti
     assert cloud.verbs()[-1] == 'delete'
 
 
+def test_a_stop_while_babysit_waits_for_the_next_start_ends_it(cloud):
+  process = cloud.start('--yes', 'babysit', 'run', 'bash', '-c', 'printf x >>../starts; exit 1', TPU_POLL='2')
+  assert any('the run failed (1); next try' in line for line in process.stderr)
+  assert cloud('stop')[0] == 0
+  assert process.wait(240) == 143 and starts(cloud) == 1
+
+
+def test_a_slice_under_repair_is_asked_to_save_at_the_cap_and_never_deleted_if_it_may_run_another_command(cloud):
+  for verb in (['--yes', 'create'], ['push'], ['setup'], ['run', 'bash', '-c', 'touch ../waiting; exec sleep 100']):
+    assert cloud(*verb)[0] == 0
+  (cloud.stub / 'nodes' / 'pod' / 'state').write_text('REPAIRING')
+  cloud.fail({'match': 'tpu-vm ssh', 'stderr': 'ERROR: no answer', 'code': 1, 'times': 6})
+  code, _, err = cloud('--yes', '--delete', 'babysit', 'run', 'true')
+  assert code == 6 and 'may run another command' in err and 'delete' not in cloud.verbs(), err
+  process = cloud.start('--yes', 'babysit', 'run', 'bash', '-c', 'touch ../waiting; exec sleep 100',
+                        TPU_MAX_HOURS='0.0003')
+  _, err = process.communicate(timeout=240)
+  assert process.returncode == 4 and any('worker.sh stop' in ' '.join(call) for call in cloud.calls), err
+
+
 def test_exit_2_of_a_run_that_has_accepted_its_settings_is_tried_again(cloud):
   """It is then a bucket that failed for longer than the run tries again."""
   script = cloud.tree / 'launch' / 'babysit.sh'
