@@ -4,7 +4,7 @@
 
 The sums have two or three terms. Expect the share of right answers to rise, also on held-out questions, which occur in
 no RL step and in no document of the pre-training. In the run of `make smoke` (one seed, 2026-11-27), Avg@8 on 256
-different held-out questions rose from 0.625 ± 0.020 to 0.703 ± 0.019 (± one standard error over questions).
+different held-out questions rose from 0.471 ± 0.020 to 0.572 ± 0.021 (± one standard error over questions).
 """
 
 from betarank.configs import common, smoke
