@@ -3,7 +3,7 @@
     betarank rl --config=configs/rl_smoke.py:init_from=runs/smoke/reasoning/beta=0 --workdir=runs/rl
 
 The sums have two or three terms. Expect the share of right answers to rise, also on held-out questions, which occur in
-no RL step and in no document of the pre-training. In the run of `make smoke` (one seed, 2026-11-27), Avg@8 on 256
+no RL step and in no document of the pre-training. In the run of `make smoke` (one seed, 2026-11-29), Avg@8 on 256
 different held-out questions rose from 0.471 ± 0.020 to 0.572 ± 0.021 (± one standard error over questions).
 """
 
