@@ -3,6 +3,7 @@
 The stub runs ssh commands in the folders of its workers, so commands really start there, in tmux.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -430,8 +431,11 @@ def test_ctrl_c_keeps_the_slice_even_if_nothing_reads_the_messages(cloud):
   asked = len(cloud.calls)
   cloud.fail({'match': 'tpu-vm describe', 'stderr': 'ERROR: 503'})  # which is a message
   cloud.wait_until(lambda: len(cloud.calls) > asked + 3, 'babysit has ended')
-  process.send_signal(signal.SIGINT)
-  assert process.wait(240) == 130 and cloud.verbs() == ['create', 'scp']
+  while process.poll() is None:  # bash may ignore a SIGINT that its child doesn't get, as it does from a terminal
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(30)
+  assert process.returncode == 130 and cloud.verbs() == ['create', 'scp']
 
 
 def test_babysit_takes_a_run_that_was_asked_to_stop_up_again(cloud):
