@@ -431,10 +431,11 @@ def test_ctrl_c_keeps_the_slice_even_if_nothing_reads_the_messages(cloud):
   asked = len(cloud.calls)
   cloud.fail({'match': 'tpu-vm describe', 'stderr': 'ERROR: 503'})  # which is a message
   cloud.wait_until(lambda: len(cloud.calls) > asked + 3, 'babysit has ended')
-  while process.poll() is None:  # bash may ignore a SIGINT that its child doesn't get, as it does from a terminal
-    process.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      process.wait(30)
+  for _ in range(8):  # bash may ignore a SIGINT that its child doesn't get, as it does from a terminal
+    if process.poll() is None:
+      process.send_signal(signal.SIGINT)
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(30)
   assert process.returncode == 130 and cloud.verbs() == ['create', 'scp']
 
 
