@@ -54,6 +54,14 @@ def from_json(text: str | bytes) -> Any:
     raise ValueError('nested too deeply') from None
 
 
+def is_regular(path: str | os.PathLike) -> bool:
+  """Returns True if `path` is a regular file, or any path in a bucket. Reading a pipe or a device might never end.
+
+  Path.is_file() of etils is True for pipes and devices too.
+  """
+  return '://' in str(path) or os.path.isfile(path)
+
+
 def read_json(path: epath.Path) -> Any:
   """Returns the value in a JSON file, which may be damaged or hostile.
 
@@ -61,8 +69,7 @@ def read_json(path: epath.Path) -> Any:
     ValueError: the file isn't JSON, is nested too deeply, or isn't a regular file.
     OSError: the file can't be read.
   """
-  # Reading a pipe or a device might never end. Path.is_file() of etils is True for them.
-  if '://' not in str(path) and path.exists() and not os.path.isfile(path):
+  if path.exists() and not is_regular(path):
     raise ValueError('not a regular file')
   return from_json(path.read_text())
 

@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from betarank.configs.errors import one_line
+from betarank.configs.files import is_regular
 from betarank.configs.parser import install_hint
 from betarank.data.config import DataError
 
@@ -45,8 +46,7 @@ def read_file(path: epath.Path, advice: str) -> bytes:
   try:
     if not path.exists():
       raise DataError(f'{path}: no such tokenizer; {advice}')
-    # Reading a device might never end. epath's is_file can't be used, because it returns True for a device.
-    if '://' not in str(path) and not os.path.isfile(path):
+    if not is_regular(path):
       raise DataError(f'{path}: not a file; {advice}')
     if (size := path.stat().length) > _LARGEST_BYTES:
       raise DataError(f'{path}: has {size:,} bytes, too many for a tokenizer; {advice}')

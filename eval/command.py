@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
 
     from betarank.eval import config as eval_config
     from betarank.eval import generate, probe
-    from betarank.runtime import checkpoint, workdir
+    from betarank.runtime import multihost, workdir
 
   run = eval_config.eval_run(config, subjects[-1])
   with contextlib.ExitStack() as alone:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
           alone.enter_context(workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{written}'))
       except UserError as error:
         refused = str(error)
-    if refused := checkpoint.first_message_of_any_process(refused):  # otherwise, the others would wait for process 0
+    if refused := multihost.first_message(refused):  # otherwise, the others would wait for process 0
       raise UserError(refused)
     try:
       if args.command == 'probe':

@@ -38,7 +38,7 @@ from betarank.rl.packing import Answer, Microbatch
 from betarank.rl.progress import Best, Progress
 from betarank.rl.rollout import Group, check_prompts, graded_groups, prompt_tokens
 from betarank.rl.update import Update, cov_tokens, make_update
-from betarank.rl.warnings import used, warnings
+from betarank.rl.warnings import needed, warnings
 from betarank.runtime import checkpoint, job, wandb_board, workdir
 from betarank.runtime.metrics import Log, lines_of
 from betarank.runtime.profile import Profile
@@ -171,7 +171,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     lineage = setup.lineage(config, beginning, tokenizer, tokenizer_path)
     profile = stack.enter_context(contextlib.closing(Profile(root, first_and_last(run.log.profile_steps))))
     last: dict[str, float] = {}
-    history = used(lines_of(root / 'metrics.jsonl'))  # of the steps up to `start`
+    history = needed(lines_of(root / 'metrics.jsonl'))  # of the steps up to `start`
     warned: set[str] = set()
 
     if not start:
@@ -192,7 +192,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
               'time/step_s': ended - began, 'time/rollout_s': sampled - began, 'time/update_s': ended - sampled,
               'time/tokens_per_s': sum(len(s.tokens) for group in seen for s in group.samples) / (sampled - began)}
       log.train(step, last)
-      history = used([*history, last])
+      history = needed([*history, last])
       for kind, text in warnings(history, verifier.why_undecided).items():
         if kind not in warned:
           log.say(f'warning: {text}')

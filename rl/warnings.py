@@ -15,7 +15,7 @@ COLLAPSED = 0.1  # warn if the entropy of drawn tokens falls below this share of
 _NEEDED = {'train/groups_learned_from', 'train/tokens', 'train/length_tokens', 'train/entropy_drawn_nats'}
 
 
-def used(lines: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
+def needed(lines: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
   """Returns the lines of a run's metrics.jsonl that `warnings` needs: those of the first and the last steps."""
   steps = [line for line in lines if line.keys() >= _NEEDED]
   return steps[:FIRST_STEPS] + steps[FIRST_STEPS:][-FLAT_STEPS:]
@@ -24,7 +24,8 @@ def used(lines: Iterable[Mapping[str, float]]) -> list[Mapping[str, float]]:
 def warnings(history: Sequence[Mapping[str, float]], why_undecided: str = '') -> dict[str, str]:
   """Returns the warnings as {kind: text}. Each text is one line.
 
-  history: the figures of each step, as rl/loop.py logs them, oldest first. Those that `used` leaves out change nothing.
+  history: the figures of each step, as rl/loop.py logs them, oldest first. Lines that `needed` leaves out change
+    nothing.
   why_undecided: the reason of the first undecided verdict, if it is known.
   """
   found = {}

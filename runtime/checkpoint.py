@@ -23,14 +23,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from betarank.configs import renamed
 from betarank.configs.errors import UserError, print_if_possible, suggestion
 from betarank.configs.files import read_json
 from betarank.configs.load import from_dict
 from betarank.configs.parser import install_hint
-from betarank.runtime import integrity
+from betarank.runtime import integrity, multihost
 from betarank.runtime.state import TrainState
 
 COMMITTED = 'commit_success.txt'  # Orbax writes this file last; without it a checkpoint in a bucket is incomplete
@@ -366,12 +365,12 @@ def _ensure_newest_is_valid(folder: epath.Path, fallback: bool) -> None:
   if not fallback:
     raise CheckpointError(f'{newest}/{problem}; {good} is good, and --fallback resumes from it')
   aside = folder.parent / 'damaged'
-  if _process_index_and_count()[0] == 0:
+  if multihost.index_and_count()[0] == 0:
     aside.mkdir(exist_ok=True)
     for step in found[found.index(int(good.name)) + 1:]:
       _move(folder / str(step), aside / str(step))
     print_if_possible(f'{newest}/{problem}; moved to {aside}, resuming from {good}')
-  first_message_of_any_process('')  # the other processes wait here until the checkpoints are moved
+  multihost.first_message('')  # the other processes wait here until the checkpoints are moved
 
 
 def _move(checkpoint: epath.Path, to: epath.Path) -> None:
@@ -400,15 +399,7 @@ def _damage(path: epath.Path) -> str:
 
   All processes must call this function. It returns the same result in all of them.
   """
-  return first_message_of_any_process(integrity.damage(absolute(path), share=_process_index_and_count()))
-
-
-def _process_index_and_count() -> tuple[int, int]:
-  """Returns (index of this process, number of processes).
-
-  In a job of one process, JAX's backend isn't initialized by this.
-  """
-  return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+  return multihost.first_message(integrity.damage(absolute(path), share=multihost.index_and_count()))
 
 
 def _is_peer_failure(error: Exception) -> bool:
@@ -417,7 +408,7 @@ def _is_peer_failure(error: Exception) -> bool:
   Returns False if storage has caused it, and always in a job of one process. The watchdog reports a lost process, so
   the caller doesn't report an error that it may have caused as one of storage.
   """
-  return (_process_index_and_count()[1] > 1 and not getattr(error, 'errno', None)
+  return (multihost.index_and_count()[1] > 1 and not getattr(error, 'errno', None)
           and 'os_error_code' not in str(error) and 'http_response_code' not in str(error))
 
 
@@ -425,15 +416,6 @@ def _reason(error: Exception) -> str:
   """Returns the first line of an error's message, without the spec and the HTTP response that tensorstore appends."""
   text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
   return re.sub(r" \[(http_response_body|tensorstore_spec)='(\\.|[^'\\])*'\]", '', text)
-
-
-def first_message_of_any_process(text: str) -> str:
-  """Returns the text of the first process whose `text` isn't empty; '' if all are empty. Every process must call this.
-  """
-  if _process_index_and_count()[1] == 1:
-    return text
-  text_PC = multihost_utils.process_allgather(np.frombuffer(text.encode()[:500].ljust(500), np.uint8))
-  return next((line for text_C in text_PC if (line := text_C.tobytes().decode(errors='replace').strip())), '')
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from etils import epath
 
-from betarank.configs.files import flush, read_json
+from betarank.configs.files import flush, is_regular, read_json
 
 NAME = 'manifest.json'
 ITEMS = ('state', 'meta')  # the folders of a checkpoint that are checked; its other files are Orbax's own
@@ -133,7 +133,7 @@ def _reason(error: Exception) -> str:
 
 def _check_size(path: epath.Path, f: dict[str, Any]) -> str:
   size = path.stat().length
-  if '://' not in str(path) and not os.path.isfile(path):  # reading a pipe or a device might never end
+  if not is_regular(path):
     return 'not a regular file'
   return f'{size:,} bytes, {f["size"]:,} were written' if size != f['size'] else ''
 

@@ -66,6 +66,23 @@ def rows_to_global(local, sharding: NamedSharding, first: int, rows: int):
   return jax.tree.map(build, local)
 
 
+def index_and_count() -> tuple[int, int]:
+  """Returns (index of this process, number of processes).
+
+  In a job of one process, JAX's backend isn't initialized by this.
+  """
+  return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+
+
+def first_message(text: str) -> str:
+  """Returns the text of the first process whose `text` isn't empty; '' if all are empty. Every process must call this.
+  """
+  if index_and_count()[1] == 1:
+    return text
+  text_PC = multihost_utils.process_allgather(np.frombuffer(text.encode()[:500].ljust(500), np.uint8))
+  return next((line for text_C in text_PC if (line := text_C.tobytes().decode(errors='replace').strip())), '')
+
+
 def max_over_processes(x: np.ndarray) -> np.ndarray:
   """Returns the elementwise maximum of the arrays of all processes.
 

@@ -54,7 +54,7 @@ class JailConfig:
       that computes forever reaches cpu_s first, and is wrong.
     memory_mb: the address space in MB that each process of a program may use.
     processes: the number of processes and threads that a program may have at the same time. Without a jail, the kernel
-      counts all processes and threads of the user, so a program usually can't start any; for root, it doesn't count.
+      counts all processes and threads of the user, so a program usually can't start any, and root has no such limit.
     accept_no_isolation: whether to run programs without a jail if the kernel can't isolate them. Only the limits above
       protect the machine then, and root can lift them.
   """

@@ -7,7 +7,6 @@ because of a file's content. Whatever can be read is used, and for everything el
 import collections
 import io
 import math
-import os
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
@@ -15,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-from betarank.configs.files import from_json
+from betarank.configs.files import from_json, is_regular
 from betarank.configs.settings import when_missing
 from betarank.eval import sampling_metrics
 from betarank.eval.columns import Columns
@@ -109,8 +108,8 @@ def _opened(path: epath.Path, most_bytes: int) -> IO[bytes]:
   Raises:
     OSError: the file doesn't exist, is larger than `most_bytes`, isn't a regular file, or can't be read.
   """
-  if '://' not in str(path) and path.exists() and not os.path.isfile(path):
-    raise OSError('it is no file')  # reading a pipe or a device might never end
+  if path.exists() and not is_regular(path):
+    raise OSError('it is no file')
   if path.stat().length > most_bytes:
     raise OSError(f'it is larger than {most_bytes} bytes')
   return io.BytesIO(path.read_bytes()) if '://' in str(path) else path.open('rb')
@@ -245,6 +244,7 @@ def _read_samples(run: Run, sweep: Sweep) -> None:
       settings = {'answer_chars': when_missing('eval.sample.verifier.answer_chars')}  # older files don't have it
       settings |= read_object(benchmark / f'{step}.json', sweep) or {}
       good, wrong, examples, shown = [], [], [], set()
+      kept = (*sampling_metrics.FIELDS, sampling_metrics.QUESTION)
       for line in _lines_of(benchmark / f'{step}.jsonl', sweep):
         try:
           sampling_metrics.parse(line)
@@ -254,7 +254,6 @@ def _read_samples(run: Run, sweep: Sweep) -> None:
         if len(examples) < EXAMPLES and (kind := line['verdict']) not in shown:
           shown.add(kind)
           examples.append(line)
-        kept = (*sampling_metrics.FIELDS, sampling_metrics.QUESTION)
         good.append({name: line[name] for name in kept if name in line})
       if wrong:
         sweep.note(where, f'{len(wrong)} samples left out: {wrong[0]}')

@@ -12,7 +12,7 @@ from betarank.rl import policy_losses as pl
 from betarank.rl.config import rl_run
 from betarank.rl.loop import check_held_out
 from betarank.rl.rewards import RewardRule, rewards, vary
-from betarank.rl.warnings import used, warnings
+from betarank.rl.warnings import needed, warnings
 from betarank.runtime.metrics import JsonLines, lines_of
 from betarank.tasks.verifiers import Verdict
 from betarank.train import setup
@@ -153,12 +153,12 @@ def test_a_resumed_run_gives_the_warnings_of_an_uninterrupted_one(tmp_path):
   for i, line in enumerate(lines, 1):
     file.write(i, {'eval/held_out/avg_at_4': 0.5})
     file.write(i, line)
-  assert not used([{'step': 1, 'train/groups_learned_from': 1.0}])  # a run from before the other figures were logged
+  assert not needed([{'step': 1, 'train/groups_learned_from': 1.0}])  # a run from before the other figures were logged
   for start in (120, 15):
     JsonLines(path, start)  # which removes the lines of later steps
-    history, whole = used(lines_of(path)), lines[:start]
+    history, whole = needed(lines_of(path)), lines[:start]
     for line in lines[start:]:
-      history, whole = used([*history, line]), [*whole, line]
+      history, whole = needed([*history, line]), [*whole, line]
       assert warnings(history) == warnings(whole) and len(history) <= 105
     assert warnings(history).keys() == {'collapse', 'flat'}
 

@@ -101,7 +101,7 @@ def test_what_a_store_refuses_is_told_by_its_own_process(saved, processes, monke
   """Not by the watchdog, which would look for a lost process; and with the reason, not with the end of a long text."""
   workdir, _ = saved
   checkpoints = Checkpoints(workdir, KEEP)
-  monkeypatch.setattr(checkpoint, '_process_index_and_count', lambda: (0, processes))
+  monkeypatch.setattr(checkpoint.multihost, 'index_and_count', lambda: (0, processes))
 
   def write():
     raise ValueError(STORE)

@@ -394,13 +394,13 @@ def test_without_root(jail):
       copy.parent.mkdir(parents=True, exist_ok=True)
       copy.write_bytes((pathlib.Path(__file__).parents[2] / f'{name}.py').read_bytes())
     subprocess.run(['chmod', '-R', 'a+rX', folder], check=True)
-    nobody = dict(cwd=folder, user=65534, group=65534, extra_groups=[], env={}, capture_output=True, text=True)
+    unprivileged = dict(cwd=folder, user=65534, group=65534, extra_groups=[], env={}, capture_output=True, text=True)
     for python in (sys.executable, '/usr/bin/python3'):
       try:
-        subprocess.run([python, '-c', 'import sys; assert sys.version_info >= (3, 11)'], **nobody, check=True)
+        subprocess.run([python, '-c', 'import sys; assert sys.version_info >= (3, 11)'], **unprivileged, check=True)
       except (OSError, subprocess.CalledProcessError):
         continue
-      done = subprocess.run([python, '-c', code], **nobody)
+      done = subprocess.run([python, '-c', code], **unprivileged)
       if re.search(REFUSED, done.stderr):
         pytest.skip(f'for root only here: {done.stderr.strip().splitlines()[-1][:200]}')
       assert done.stdout.split('\n') == ['', '', '', 'BlockingIOError: [Er', 'OSError: [Errno 101]', ''], done.stderr

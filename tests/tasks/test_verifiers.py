@@ -277,7 +277,7 @@ def test_programs_need_a_jail(verifier):
 
 
 def test_a_program_that_reaches_its_deadline_is_undecided():
-  """Whether it does depends on how busy the machine is."""
+  """The time that a program takes depends on how busy the machine is."""
   late = SimpleNamespace(workers=1, run=lambda program: Outcome(None, 'deadline'))
   with Verifier(VerifierConfig(), late) as verifier:
     grade, = verifier.grade([('x = 1', task('assert x', 'code', 'code'))])
